@@ -52,7 +52,7 @@ BUDGETS = {
     "embedding": 1102,
     "encoding": 944,
     "evaluation": 2765,
-    "model_folders": 1471,
+    "model_folders": 1485,  # load_heads and save_heads
     "publishing": 956,
     "recipes": 364,
     "scheduling": 83,

@@ -18,7 +18,7 @@ from ..configs.config_fields import Precision
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.devices import find_device
 from ..encoding.precision import load_on_device
-from ..loading_llm2clip import KEPT_IN_FULL, build_tower
+from ..loading_llm2clip import KEPT_IN_FULL, build_tower, list_model_files
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .guarded_loading import load_in_precision
@@ -117,6 +117,7 @@ class PartialModel(LLM2CLIPModel):
     """
 
     _auto_class = None  # type: ignore[assignment]
+    loaded_files: dict[str, tuple[int, int]]  # as `read_file_states` describes them
 
     def __init__(
         self, config: LLM2CLIPConfig, with_llm: bool = False, with_vision_tower: bool = True
@@ -167,8 +168,8 @@ def load_heads(source: str | Path, *, device: str = "cpu") -> LLM2CLIPModel:
         device: Where the heads run; see `find_device`.
 
     Returns:
-        A model without towers, in evaluation mode. Save it with `save_heads`, not with
-        `save_pretrained`.
+        A model without towers, in float32 and in evaluation mode. Save it with `save_heads`, not
+        with `save_pretrained`.
 
     Raises:
         ValueError: The source is not a whole LLM2CLIP model, or weights are missing.
@@ -179,7 +180,18 @@ def load_heads(source: str | Path, *, device: str = "cpu") -> LLM2CLIPModel:
         >>> text_embeds = model.to_text_embeds(store.read(store.rows_of(0)))
     """
     require_own_model(source)
-    return load_partial_model(find_model_folder(source), device=device)
+    folder = find_model_folder(source).absolute()
+    model = load_partial_model(folder, device=device)
+    model.loaded_files = read_file_states(folder)
+    # Small steps would be rounded away in half precision; `save_heads` casts back.
+    model.float()  # type: ignore[no-untyped-call]
+    return model
+
+
+def read_file_states(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return the size and modification time of each weight file of a model folder."""
+    states = {file.name: file.stat() for file in list_model_files(folder)}
+    return {name: (state.st_size, state.st_mtime_ns) for name, state in states.items()}
 
 
 def text_quantization_config(quantization: Quantization) -> BitsAndBytesConfig:

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .._suggestions import list_first
 from ..base_llm2clip import (
     _CODE_OF_EVERY_FOLDER,
     check_instructions,
@@ -48,6 +49,7 @@ from .model_loading import (
     find_model_class,
     load_model,
     load_partial_model,
+    read_file_states,
 )
 from .training_images import TRAINING_IMAGES_FILE, read_training_images
 from .weights import LazyTensor, open_model_weights, require_disk_space, write_weights
@@ -224,8 +226,8 @@ def save_heads(
     Raises:
         FileExistsError: `folder` exists.
         TypeError: The model was not loaded by `load_heads`.
-        ValueError: The weights are not finite, or the folder that the model was loaded from is gone
-            or damaged.
+        ValueError: The weights are not finite or have other names, or the folder that the model was
+            loaded from is gone, damaged or changed.
 
     Examples:
         >>> model = load_heads("my-model")
@@ -238,6 +240,19 @@ def save_heads(
         )
     trained = {n: w.cpu() for n, w in model.state_dict().items() if not n.startswith(TOWERS)}
     source = find_model_folder(str(model.name_or_path))
+    if read_file_states(source) != model.loaded_files:
+        raise ValueError(
+            f"{source} has changed since load_heads, so its towers may be those of another model. "
+            "Load the heads from a folder that is not written to."
+        )
+    if others := trained.keys() ^ {
+        n for n in open_model_weights(source) if not n.startswith(TOWERS)
+    }:
+        raise ValueError(
+            f"The model's heads and those in {source} differ in their weights: "
+            f"{list_first(sorted(others))}. Restore the modules from load_heads: not compiled, and "
+            "without parametrizations."
+        )
     return save_trained_model(source, trained, folder, training_data=training_data)
 
 

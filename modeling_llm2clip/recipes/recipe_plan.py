@@ -85,6 +85,11 @@ class RecipePlan:
 def read_split(config: TrainConfig) -> Split:
     """Read the records and split off those to evaluate on (none with `test_size=0`)."""
     if config.data == EMBEDDED:
+        if config.caption_fields or config.ignore_fields or config.image_dir:
+            raise ValueError(
+                "data=embedded is read as it is. Leave caption_fields, ignore_fields and image_dir "
+                "out."
+            )
         emoji = load_records(find_example_data() / "emoji")
         records: Sequence[CaptionedImage] = [r for r in emoji if r.lang == "en"]
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -197,3 +198,29 @@ def test_heads_of_a_model_with_towers_are_not_written(source: Path, tmp_path: Pa
     model, _ = load_model(source, device="cpu")
     with pytest.raises(TypeError, match="needs a model from load_heads, not a LLM2CLIPModel"):
         save_heads(model, tmp_path / "trained")
+
+
+def test_heads_in_half_precision_are_trained_in_float32(source: Path, tmp_path: Path) -> None:
+    model, processor = load_model(source, device="cpu", dtype=torch.bfloat16)
+    half = save_model(model, processor, tmp_path / "half")
+    heads = load_heads(half)
+    assert {weight.dtype for weight in heads.state_dict().values()} == {torch.float32}
+    written = read_weights(save_heads(heads, tmp_path / "trained"))
+    before = read_weights(half)
+    assert all(torch.equal(before[name], weight) for name, weight in written.items())
+    assert {name: weight.dtype for name, weight in written.items()} == {
+        name: weight.dtype for name, weight in before.items()
+    }
+
+
+def test_heads_are_not_written_with_other_towers_or_names(source: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(source, tmp_path / "model")
+    heads = load_heads(folder)
+    heads.text_adapter = torch.nn.Identity()
+    with pytest.raises(ValueError, match=r"differ in their weights: text_adapter\."):
+        save_heads(heads, tmp_path / "trained")
+    heads = load_heads(folder)
+    (folder / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="has changed since load_heads"):
+        save_heads(heads, tmp_path / "trained")
+    assert not (tmp_path / "trained").exists()

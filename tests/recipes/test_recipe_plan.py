@@ -178,6 +178,10 @@ def test_a_recipe_accepts_datasets_like_every_stage(sources: Path, tmp_path: Pat
     assert len({record.lang for record in emoji}) > 1
     embedded, held_out = read_split(make_recipe(sources, tmp_path / "run", data="embedded"))
     assert {record.lang for record in embedded} == {"en"} and held_out
+    with pytest.raises(ValueError, match="data=embedded is read as it is"):
+        read_split(
+            make_recipe(sources, tmp_path / "run", data="embedded", caption_fields=("caption",))
+        )
 
 
 def test_captions_on_both_sides_of_the_split_are_counted(sources: Path, tmp_path: Path) -> None:

@@ -139,8 +139,16 @@ class StreamData:
 
     def identify(self) -> dict[str, Any]:
         digest = hash_shards(self.dataset.stream.reader.shards)
-        ignored = sorted(self.dataset.stream.ignore_fields) or None
-        return {"num_records": None, "data": digest, "images": None, "ignored_fields": ignored}
+        stream = self.dataset.stream
+        ignored = sorted(stream.ignore_fields) or None
+        required = sorted(stream.caption_fields or ())
+        return {
+            "num_records": None,
+            "data": digest,
+            "images": None,
+            "ignored_fields": ignored,
+            **({"caption_fields": required} if required else {}),
+        }
 
     def make_loader(
         self,

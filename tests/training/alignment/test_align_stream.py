@@ -18,6 +18,7 @@ from aligning import SHORT_RUN, EndAfter, Prepared, names_that_differ, read_loss
 from shard_server import ShardServer
 
 from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.data.record_fields import list_ignored
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.streams.record_streams import stream_records
 from modeling_llm2clip.data.streams.stream_run import StreamReport
@@ -138,6 +139,13 @@ def test_a_stream_of_other_fields_is_another_run(
     for fields in ({"ignore_fields": ("long_captions",)}, {"caption_fields": ("captions",)}):
         with pytest.raises(ValueError, match=r"ignored_fields.*long_captions"):
             run(prepared, shards, tmp_path / "run", resume=True, stream=fields)
+    # Both read only `captions`, but the second requires them.
+    ignored = {"ignore_fields": tuple(list_ignored((), ("captions",)))}
+    required = {"caption_fields": ("captions",)}
+    with pytest.raises(KeyboardInterrupt):
+        run(prepared, shards, tmp_path / "two", callbacks=[EndAfter(3)], stream=ignored)
+    with pytest.raises(ValueError, match="another run"):
+        run(prepared, shards, tmp_path / "two", resume=True, stream=required)
 
 
 @pytest.mark.slow
