@@ -161,14 +161,14 @@ class _Sampled:
             normalization=find_normalization(self.processor, torch.device("cpu")),
         )
 
-    def _prepare_training(self, images: Sequence[Any], seed: int) -> PreparedImages:
-        """Prepare images for training; `image_transform` draws from a generator with this seed."""
+    def _prepare_images(self, images: Sequence[Any], transform_seed: int | None) -> PreparedImages:
+        """Prepare images; with a seed, `image_transform` draws from a generator with this seed."""
         transform = self.image_transform
-        if transform is None:
+        if transform is None or transform_seed is None:
             return self._prepare(images)
         open_image = self._prepare.keywords["open_image"]
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(transform_seed)
             return self._prepare(images, open_image=lambda image: transform(open_image(image)))
 
     def make_inputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -289,11 +289,7 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
                 )
         if self.reads_images:
             images = list(self.records.select(items).iterate_images())
-            batch |= (
-                self._prepare(images)
-                if transform_seed is None
-                else self._prepare_training(images, transform_seed)
-            ).inputs
+            batch |= self._prepare_images(images, transform_seed).inputs
         return batch
 
     def copy_stores(self, device: torch.device, *, num_reads: int) -> None:
@@ -355,8 +351,10 @@ class AlignmentStream(_Sampled):
 
     def prepare_sample(self, record: CaptionedImage) -> tuple[CaptionedImage, PreparedImages]:
         """Prepare a record's image before batching, so a broken image can be replaced."""
-        key = np.array([hash_identity(record.name, record.lang)])
-        return record, self._prepare_training([record.image], self._draw(key).noise_seed)
+        seed = None
+        if self.image_transform is not None:
+            seed = self._draw(np.array([hash_identity(record.name, record.lang)])).noise_seed
+        return record, self._prepare_images([record.image], seed)
 
     def collate(self, samples: Sequence[tuple[CaptionedImage, PreparedImages]]) -> dict[str, Any]:
         """Collate records and their prepared images into a batch for `make_inputs`."""
