@@ -73,7 +73,9 @@ def to_base64(image: Image.Image, file_format: str = "PNG") -> str:
 
 
 def list_files(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    """The files of a folder; one whose handler was imported also has Python's byte code."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix() for path in files if path.suffix != ".pyc"}
 
 
 def test_files_for_hosts_are_written_on_request_with_pinned_requirements(
