@@ -1,11 +1,13 @@
 """Whole commands, and what users do often in Python, by this checkout and one from before.
 
-    python -m benchmarks.speed.command_pairs --before ../another-checkout
+    python -m benchmarks.speed.command_pairs --before ../another-checkout [--data my-images]
 
-Both run on the embedded towers and the same emoji, in turns, every time in a process of its own and
-in an empty folder. Each checkout prepares the model, stores and index that its tasks read. Reported
-are the medians of seconds, CPU seconds and peak memory, and the median ratio of the CPU seconds of
-a round, which other work on the machine changes least.
+Both run on the embedded towers and the same captioned images, in turns, every time in a process of
+its own and in an empty folder. Each checkout prepares the model, stores and index that its tasks
+read. The images are 300 emoji with captions in three languages, or those of `--data`. Reported are
+the medians of seconds, CPU seconds and peak memory, and the median ratio of the CPU seconds of a
+round, which other work on the machine changes least. "README's recipe" is the sum of its four
+commands.
 """
 
 from __future__ import annotations
@@ -37,19 +39,24 @@ store = EmbeddingStore.open("{captions}")
 rows = np.random.default_rng(0).integers(0, 100, (1000, 64))
 for of_batch in rows: store.read(of_batch)
 """
+RECIPE = ("build", "extract captions", "extract images", "align")
 TASKS: dict[str, list[str]] = {
+    "build": ["build", "embedded", "embedded", "out"],
     "record table of 100,000 texts": ["-c", LOAD_TABLE],
     "64,000 random reads of a store": ["-c", READ_STORE],
-    "extract 900 captions": ["extract", "{model}", "{data}", "out", "--modality", "text"],
-    "extract 300 images": ["extract", "{model}", "{data}", "out", "--modality", "image"],
+    "extract captions": ["extract", "{model}", "{data}", "out", "--modality", "text"],
+    "extract images": ["extract", "{model}", "{data}", "out", "--modality", "image"],
     "align": [
         "align", "{model}", "{data}", "out", "--caption-store", "{captions}",
-        "--image-store", "{images}", "--max-steps", "30",
+        "--image-store", "{images}",
     ],
-    "embed 300 images": ["embed", "{aligned}", "{data}", "out", "--modality", "image"],
-    "embed 900 captions": ["embed", "{aligned}", "{data}", "out", "--modality", "text"],
-    "index 300 images": ["index", "{aligned}", "{data}/images", "out"],
+    "embed images": ["embed", "{aligned}", "{data}", "out", "--modality", "image"],
+    "embed captions": ["embed", "{aligned}", "{data}", "out", "--modality", "text"],
+    "index images": ["index", "{aligned}", "{data}/images", "out"],
     "search": ["search", "{index}", "a red heart"],
+    "evaluate": [
+        "evaluate", "ours={aligned}", "--datasets", "own={data}", "--output", "out",
+    ],
 }  # fmt: skip
 
 
@@ -57,6 +64,8 @@ def main() -> None:
     """Measure, print, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--before", type=Path, required=True, help="another checkout")
+    parser.add_argument("--data", type=Path, help="captioned images; default: 300 emoji")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS, metavar="TASK")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--note", default="", help="what else runs on the machine")
     output = Path(__file__).parents[1] / "results" / "command_pairs.json"
@@ -64,29 +73,46 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         checkouts = {"before": arguments.before.resolve(), "after": ROOT}
-        places = {name: prepare(Path(scratch) / name, root) for name, root in checkouts.items()}
-        figures = {
-            name: measure(task, checkouts, places, arguments.rounds) for name, task in TASKS.items()
+        places = {
+            name: prepare(Path(scratch) / name, root, arguments.data)
+            for name, root in checkouts.items()
         }
+        counts = count_data(Path(places["after"]["data"]))
+        runs = {
+            name: measure(TASKS[name], checkouts, places, arguments.rounds)
+            for name in arguments.tasks
+        }
+    if set(RECIPE) <= set(runs):
+        runs["README's recipe"] = {
+            name: [add_up([runs[task][name][number] for task in RECIPE])
+                   for number in range(arguments.rounds)]
+            for name in checkouts
+        }  # fmt: skip
+    figures = {name: summarize(rounds) for name, rounds in runs.items()}
     frame = describe_run("torch", "transformers", "lancedb", note=arguments.note)
     before = read_commit(arguments.before)
     write_result(
-        arguments.output, frame | {"before": before, "rounds": arguments.rounds, "tasks": figures}
+        arguments.output,
+        frame | counts | {"before": before, "rounds": arguments.rounds, "tasks": figures},
     )
 
 
-def prepare(folder: Path, checkout: Path) -> dict[str, str]:
-    """Write the data, and by the checkout the folders that the tasks read."""
+def prepare(folder: Path, checkout: Path, data: Path | None) -> dict[str, str]:
+    """Write the texts and images, and by the checkout the folders that the tasks read."""
     names = ("data", "texts.jsonl", "model", "captions", "images", "aligned", "index")
     places = {name.partition(".")[0]: str(folder / name) for name in names}
     folder.mkdir()
-    write_data(Path(places["data"]), Path(places["texts"]))
+    write_texts(Path(places["texts"]))
+    if data is None:
+        write_images(Path(places["data"]))
+    else:
+        places["data"] = str(data.resolve())
     run(checkout, ["build", "embedded", "embedded", places["model"]], folder)
     for task, output in (
-        ("extract 900 captions", "captions"),
-        ("extract 300 images", "images"),
+        ("extract captions", "captions"),
+        ("extract images", "images"),
         ("align", "aligned"),
-        ("index 300 images", "index"),
+        ("index images", "index"),
     ):
         words = [places[output] if word == "out" else word for word in TASKS[task]]
         run(checkout, [word.format(**places) for word in words], folder)
@@ -95,11 +121,18 @@ def prepare(folder: Path, checkout: Path) -> dict[str, str]:
     return places
 
 
-def write_data(folder: Path, texts: Path) -> None:
-    """Write images with captions in three languages, and many texts."""
+def count_data(folder: Path) -> dict[str, int]:
+    """Return how many images and captions a folder has."""
+    lines = [json.loads(line) for line in (folder / "captions.jsonl").open(encoding="utf-8")]
+    images = {line["image"] for line in lines}
+    return {"images": len(images), "captions": sum(len(line["captions"]) for line in lines)}
+
+
+def write_images(folder: Path, count: int = NUM_IMAGES) -> None:
+    """Write images with captions in three languages."""
     lines = [json.loads(line) for line in (EMOJI / "captions.jsonl").open(encoding="utf-8")]
     images = sorted({line["image"] for line in lines})
-    chosen = set(random.Random(0).sample(images, NUM_IMAGES))
+    chosen = set(random.Random(0).sample(images, count))
     kept = [
         line for line in lines if line["image"] in chosen and line["lang"] in {"en", "de", "ja"}
     ]
@@ -108,33 +141,54 @@ def write_data(folder: Path, texts: Path) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes((EMOJI / image).read_bytes())
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, kept)), encoding="utf-8")
+
+
+def write_texts(file: Path) -> None:
+    """Write many texts."""
     many = (
         json.dumps({"id": f"{number}", "captions": [f"caption {number} of a large dataset"]})
         for number in range(NUM_RECORDS)
     )
-    texts.write_text("\n".join(many), encoding="utf-8")
+    file.write_text("\n".join(many), encoding="utf-8")
 
 
 def measure(
     task: list[str], checkouts: dict[str, Path], places: dict[str, dict[str, str]], rounds: int
-) -> dict[str, Any]:
-    """Run a task in turns."""
+) -> dict[str, list[dict[str, float]]]:
+    """Run a task in turns, and return the usages of each checkout."""
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
     for number in range(rounds):
         for name in sorted(checkouts, reverse=number % 2 == 0):
             words = [word.format(**places[name]) for word in task]
             with tempfile.TemporaryDirectory() as scratch:
                 runs[name].append(run(checkouts[name], words, Path(scratch)))
+    print(f"{task[:2]} {summarize(runs)}", file=sys.stderr)
+    return runs
+
+
+def add_up(usages: list[dict[str, float]]) -> dict[str, float]:
+    """Add the times of tasks that run one after the other; the peak is the highest."""
+    return {
+        key: (max if key == "peak_mb" else sum)(usage[key] for usage in usages) for key in usages[0]
+    }
+
+
+def summarize(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Return the medians of both checkouts, and the median shares of their rounds."""
     medians = {
         name: {
             key: round(statistics.median(usage[key] for usage in usages), 2) for key in usages[0]
         }
         for name, usages in runs.items()
     }
-    pairs = zip(runs["after"], runs["before"], strict=True)
-    share = statistics.median(after["cpu_s"] / before["cpu_s"] for after, before in pairs)
-    print(f"{task[:2]} {share:.3f}", file=sys.stderr)
-    return {**medians, "cpu_share": round(share, 3)}
+    pairs = list(zip(runs["after"], runs["before"], strict=True))
+    shares = {
+        f"{key}_share": round(
+            statistics.median(after[of] / before[of] for after, before in pairs), 3
+        )
+        for key, of in (("cpu", "cpu_s"), ("seconds", "seconds"))
+    }
+    return {**medians, **shares}
 
 
 def run(checkout: Path, words: list[str], folder: Path) -> dict[str, float]:

@@ -344,6 +344,33 @@ def _render_command_pairs(report: dict[str, Any]) -> str:
     return f"{draw_table(heads, rows)}\n{note}\n"
 
 
+def _render_start_up(report: dict[str, Any]) -> str:
+    commands = report["commands"]
+    imports, phases = (next(iter(commands.values()))[part] for part in ("imports", "phases"))
+    heads = ("", "seconds", "CPU seconds", *(f"import of {name}" for name in imports), *phases)
+    rows = [
+        [
+            name,
+            *(
+                f"{seconds:.1f}"
+                for seconds in (
+                    times["seconds"],
+                    times["cpu_s"],
+                    *times["imports"].values(),
+                    *times["phases"].values(),
+                )
+            ),
+        ]
+        for name, times in commands.items()
+    ]
+    note = (
+        f"Medians of {report['rounds']} runs; parts from one run each, with Python's import timer "
+        f"and its profiler. Commit {report['commit']}. {report['hardware']}. "
+        f"{list_versions(report['versions'], 'torch', 'transformers')}."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
 def _render_losses(report: dict[str, Any]) -> str:
     sizes = list(next(iter(report["seconds"].values())))
     heads = ("loss", *(f"batch of {int(size):,}, ms" for size in sizes))
@@ -363,6 +390,7 @@ PRODUCT_TABLES: dict[str, Callable[[Any], str]] = {
     "busy_machine": _render_busy_machine,
     "command_pairs": _render_command_pairs,
     "losses": _render_losses,
+    "start_up": _render_start_up,
     "embed_speed": _render_embed_speed,
     "onnx": _render_onnx,
     "readme_image": _render_readme_image,
