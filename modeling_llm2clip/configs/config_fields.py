@@ -196,12 +196,35 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def read_config(file: str | Path, config_type: type[ConfigT]) -> ConfigT:
-    """Read options from a YAML file: fields with values, and sections as nested mappings."""
+    """Read options from a YAML file: fields with values, and sections as nested mappings.
+
+    `base` names another YAML file, relative to this one, for the options that this file leaves out.
+    A section is merged with the base's section of the same name.
+    """
     values = read_yaml(file)
+    origin = f"{file}, base {values['base']}" if "base" in values else f"{file}"
     try:
+        if "base" in values:
+            values = _merge_base(Path(file), values)
         return make_config(config_type, values)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{origin}: {error}") from None
+
+
+def _merge_base(file: Path, values: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(values["base"], str):
+        raise ValueError(f"base must be the path of one YAML file, not {values['base']!r}.")
+    merged = read_yaml(base := file.parent / values["base"])
+    if "base" in merged:
+        raise ValueError(f"{base} has a base as well. Only one level is supported.")
+    for name, value in values.items():
+        inherited = merged.get(name)
+        if isinstance(value, dict) and isinstance(inherited, dict):
+            merged[name] = {**inherited, **value}
+        else:
+            merged[name] = value
+    del merged["base"]
+    return merged
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:

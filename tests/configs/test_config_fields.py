@@ -38,6 +38,8 @@ class Inner(Config):
 
     rate: Annotated[float, Interval(gt=0)] = 1e-3
     """Rate of learning."""
+    size: int = 1
+    """Size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +200,54 @@ def test_a_yaml_scalar_gets_the_type_of_its_field(tmp_path: Path) -> None:
     assert read_config(file, Example) == Example(
         name="no", steps=10, share=0.5, place="2026-01-01", is_on=True
     )
+
+
+def write_based(folder: Path, own: str, base: str) -> Path:
+    """Write options that inherit from `shared/base.yaml`; return their file."""
+    (folder / "shared").mkdir()
+    (folder / "shared" / "base.yaml").write_text(base, encoding="utf-8")
+    (folder / "own.yaml").write_text(own, encoding="utf-8")
+    return folder / "own.yaml"
+
+
+def test_a_file_takes_what_it_leaves_out_from_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = "name: x\nsteps: 3\nshare: 0.1\nwords: [a, b]\ninner: {rate: 2, size: 7}"
+    own = "base: shared/base.yaml\nname: y\nsteps: null\nwords: [c]\ninner: {size: 8}"
+    file = write_based(tmp_path, own, base)
+    # The base is next to the file, wherever the command runs.
+    monkeypatch.chdir(tmp_path / "shared")
+    found = read_config(file, Example)
+    assert found == Example(
+        name="y", steps=None, share=0.1, words=("c",), inner=Inner(rate=2, size=8)
+    )
+
+
+def test_a_section_of_a_file_replaces_what_is_no_section_in_its_base(tmp_path: Path) -> None:
+    file = write_based(tmp_path, "base: shared/base.yaml\ninner: {size: 8}", "name: x\ninner:")
+    assert read_config(file, Example) == Example(name="x", inner=Inner(size=8))
+
+
+@pytest.mark.parametrize(
+    ("own", "base", "message"),
+    [
+        ("base: shared/base.yaml", "base: other.yaml", "base.yaml has a base as well. Only one"),
+        ("base: nothing.yaml", "", "nothing.yaml cannot be read: No such file or directory."),
+        ("base: [a.yaml]", "", "base must be the path of one YAML file, not ['a.yaml']."),
+        ("base:", "", "base must be the path of one YAML file, not None."),
+        ("base: shared/base.yaml", "name: x\nsahre: 1", "sahre is not an option. Did you mean"),
+        ("base: shared/base.yaml", "- name", "base.yaml must contain `option: value` lines"),
+    ],
+)
+def test_an_invalid_base_is_refused_by_name(
+    own: str, base: str, message: str, tmp_path: Path
+) -> None:
+    file = write_based(tmp_path, own, base)
+    with pytest.raises(ValueError) as refused:
+        read_config(file, Example)
+    assert message in str(refused.value) and str(file) in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_options_can_be_recreated_from_their_values_and_an_empty_file(tmp_path: Path) -> None:

@@ -155,6 +155,19 @@ def test_changed_options_are_refused_by_name(done: Done) -> None:
         train(replace(done.config, text_model="vision", test_size=0.2))
 
 
+def test_a_recipe_with_a_base_runs_and_resumes_as_both_merged(
+    copied: TrainConfig, sources: Path, tmp_path: Path
+) -> None:
+    write_recipe(sources, tmp_path / "base.yaml", output=copied.output, test_size=0.5)
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("base: base.yaml\ntest_size: 0.1\n", "utf-8")
+    # The run of one file without a base has the same options, so nothing is computed.
+    assert train(recipe, report=lambda _: None) == copied.output / "model"
+    write_recipe(sources, tmp_path / "base.yaml", output=copied.output, build={"projection_dim": 8})
+    with pytest.raises(ValueError, match=r"another run: build\.projection_dim: 16 then, 8 now"):
+        train(recipe)
+
+
 def test_other_captions_are_another_run(copied: TrainConfig) -> None:
     """Even if the data have no others; a run from before there was a choice resumes."""
     file = copied.output / "run.json"
