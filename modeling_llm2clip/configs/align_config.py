@@ -113,9 +113,10 @@ class AlignConfig(TrainingConfig, JpegConfig):
     zero_shot: str | None = None
     """Labeled images for measuring zero-shot accuracy before, during and after training:
     NAME=FOLDER of a classification dataset, such as image-folder=FOLDER. Default: none."""
-    choose_by: Literal["loss", "zero_shot"] = "loss"
-    """Criterion for choosing the weights: the lowest loss on the held-out images (loss), or the
-    highest accuracy on the labeled ones (zero_shot)."""
+    choose_by: Literal["loss", "zero_shot", "last_step"] = "loss"
+    """Criterion for choosing the weights: the lowest loss on the held-out images (loss), the
+    highest accuracy on the labeled ones (zero_shot), or the last step, whatever its scores
+    (last_step)."""
     eval_steps: Annotated[int, Interval(ge=1)] | None = None
     """Steps between evaluations on the held-out images. Default: one twentieth of the run."""
     early_stopping_patience: Annotated[int, Interval(ge=0)] = 6

@@ -423,7 +423,12 @@ def _make_best_weights(
     """
     if fit.data.held_out is None:
         return None
-    is_tried = fit.data.dataset.is_stored and start.is_trained and not is_sharded()
+    is_tried = (
+        fit.data.dataset.is_stored
+        and start.is_trained
+        and not is_sharded()
+        and fit.config.choose_by != "last_step"
+    )
     return BestWeightsCallback(
         fit.data.held_out,
         fit.output,
@@ -432,7 +437,7 @@ def _make_best_weights(
         patience_begin=length.adapter_begin,
         start=copy_trained(model) if is_tried else None,
         zero_shot=fit.zero_shot,
-        chooses_zero_shot=fit.config.choose_by == "zero_shot",
+        choose_by=fit.config.choose_by,
     )
 
 

@@ -52,7 +52,11 @@ KEEP_TOWER = (
 )
 LET_CHOOSE = " Select weights by this accuracy (--choose-by zero_shot)."
 
-_CHOOSERS = {"loss": "lowest held-out loss", "zero_shot": "highest zero-shot accuracy"}
+_CHOOSERS = {
+    "loss": "lowest held-out loss",
+    "zero_shot": "highest zero-shot accuracy",
+    "last_step": "option choose_by=last_step",
+}
 # The loss of a noisy batch of a few hundred images may rise by this factor by chance.
 _CHANCE_RISE = 0.01
 

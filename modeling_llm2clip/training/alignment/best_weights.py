@@ -79,8 +79,8 @@ class BestWeightsCallback(TrainerCallback):
         patience_begin: Step before which the run never stops early.
         start: Initial weights by name, to try interpolations; None to try no interpolations.
         zero_shot: Labeled images to classify at each evaluation.
-        chooses_zero_shot: Keep the weights with the highest accuracy on the labeled images instead
-            of the lowest loss.
+        choose_by: Keep the weights with the lowest loss, with the highest accuracy on the labeled
+            images, or of the last step; see `AlignConfig`.
     """
 
     images: HeldOutImages
@@ -91,7 +91,7 @@ class BestWeightsCallback(TrainerCallback):
     patience_begin: int
     start: Mapping[str, Tensor] | None = None
     zero_shot: ZeroShotImages | None = None
-    chooses_zero_shot: bool = False
+    choose_by: str = "loss"
     trainer: AlignmentTrainer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -154,7 +154,7 @@ class BestWeightsCallback(TrainerCallback):
             "best": asdict(self.best),
             "best_step": self.best_step,
             "best_share": self.best_share,
-            "chosen_by": "zero_shot" if self.chooses_zero_shot else "loss",
+            "chosen_by": self.choose_by,
         }
 
     def _is_out_of_patience(self, step: int) -> bool:
@@ -183,7 +183,7 @@ class BestWeightsCallback(TrainerCallback):
 
     def _compare(self, scores: HeldOutScores, *, step: int, share: float) -> None:
         """Keep the model's current weights if they are the best so far."""
-        if self.best is None or self._rank(scores) < self._rank(self.best):
+        if self.best is None or self._rank(scores, step) < self._rank(self.best, self.best_step):
             self.best, self.best_step, self.best_share = scores, step, share
             state = self.trainer.collect_trained()
             if self.trainer.args.should_save:
@@ -194,9 +194,11 @@ class BestWeightsCallback(TrainerCallback):
                 write_atomically(self.file, save(weights, metadata={_METADATA: entry}))
         self.trainer.state.best_metric = self.best.loss  # in each checkpoint, for `read_earlier`
 
-    def _rank(self, scores: HeldOutScores) -> tuple[float, ...]:
+    def _rank(self, scores: HeldOutScores, step: int) -> tuple[float, ...]:
         """Return the sort key; the best weights minimize it."""
-        if not self.chooses_zero_shot:
+        if self.choose_by == "last_step":
+            return (-step,)
+        if self.choose_by == "loss":
             return (scores.loss,)
         assert scores.zero_shot is not None
         return (-scores.zero_shot, scores.loss)

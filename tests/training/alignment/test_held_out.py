@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from aligning import Prepared, read_metrics, weights_of
+from aligning import Prepared, names_that_differ, read_metrics, weights_of
 
 from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip._suggestions import counted
@@ -62,6 +62,25 @@ def test_a_run_that_gets_worse_returns_its_start(few: Prepared, tmp_path: Path) 
     for name, value in weights_of(run.model).items():
         # A step of 1e-30 rounds to none, but for what Adam divides by.
         torch.testing.assert_close(value, start[name], rtol=1e-6, atol=1e-6)
+
+
+def test_the_last_step_is_kept_by_choice_even_if_the_start_was_better(
+    few: Prepared, tmp_path: Path
+) -> None:
+    """As in a paper that trains for a fixed number of epochs; the scores still show."""
+    options: dict[str, Any] = {
+        "max_steps": 12, "eval_steps": 3, "learning_rate": 1.0, "early_stopping_patience": 1,
+        "choose_by": "last_step", "refit": False,
+    }  # fmt: skip
+    run = few.align_stored(tmp_path / "run", **options)
+    assert list(read_metrics(run.output, "held_out_loss")) == [3, 6, 9, 12]
+    assert (run.best_step, run.results["steps"]) == (12, 12)
+    assert run.results["held_out"]["best_share"] == 1 and run.after.loss > run.before.loss
+    said = "The option choose_by=last_step chose the weights of step 12 of 12."
+    assert said in describe_alignment(run.output)
+    # They are the last weights indeed: those that the last checkpoint holds.
+    resumed = few.align_stored(run.copy_without_model(tmp_path / "other"), resume=True, **options)
+    assert not names_that_differ(resumed.model, run.model)
 
 
 @pytest.fixture(scope="module")
