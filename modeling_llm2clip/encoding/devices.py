@@ -76,6 +76,23 @@ def has_bfloat16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device multiplies bfloat16 in hardware, faster than float32.
+
+    A CPU needs AMX, or AVX-512 with bfloat16 from AMD: on an Intel CPU without AMX, bfloat16 is
+    slower than float32. False if `ONEDNN_MAX_CPU_ISA` limits the instructions of matrix products,
+    and for versions of torch that do not report a CPU's instructions.
+    """
+    import torch
+
+    if device.type != "cpu":
+        return device.type == "cuda" and has_bfloat16(device)
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    is_amd = has.get("sse4a", False)  # only AMD CPUs have this extension
+    is_fast = has.get("amx_bf16", False) or (has.get("avx512_bf16", False) and is_amd)
+    return is_fast and not os.environ.get("ONEDNN_MAX_CPU_ISA")
+
+
 def list_devices() -> list[str]:
     """List the devices of this machine that `"auto"` chooses from, best first."""
     import torch

@@ -17,7 +17,12 @@ from modeling_llm2clip.cli.options import use_device
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.evaluation_config import EvaluationConfig
 from modeling_llm2clip.encoding import devices
-from modeling_llm2clip.encoding.devices import find_device, list_devices, to_float64
+from modeling_llm2clip.encoding.devices import (
+    find_device,
+    list_devices,
+    multiplies_bfloat16,
+    to_float64,
+)
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.scheduling.processes import choose_device
 from modeling_llm2clip.training.trainer_mixins import training_arguments_on
@@ -159,3 +164,25 @@ def test_float64_is_computed_on_the_cpu_where_mps_has_none() -> None:
     on_mps: Any = SimpleNamespace(device=SimpleNamespace(type="mps"), cpu=lambda: torch.ones(2))
     assert to_float64(on_mps).dtype == to_float64(torch.ones(2)).dtype == torch.float64
     assert list_devices()[-1] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("instructions", "is_fast"),
+    [({}, False), ({"avx512_f": True, "avx512_bf16": False}, False), ({"amx_bf16": True}, True),
+     ({"avx512_bf16": True, "sse4a": False}, False), ({"avx512_bf16": True, "sse4a": True}, True),
+     ({"neon": True, "bf16": True}, False)],
+    ids=["none", "AVX-512", "AMX", "Intel without AMX", "AMD", "ARM"],
+)  # fmt: skip
+def test_a_cpu_multiplies_bfloat16_by_amx_or_if_amd_by_avx512(
+    instructions: dict[str, bool], is_fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
+    cpu = torch.device("cpu")
+    assert multiplies_bfloat16(cpu) == is_fast
+    assert not multiplies_bfloat16(torch.device("mps"))
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # products then only emulate bfloat16
+    assert not multiplies_bfloat16(cpu)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch
+    assert not multiplies_bfloat16(cpu)
