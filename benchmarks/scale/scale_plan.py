@@ -12,7 +12,7 @@ number of cores; work on disks and networks, which differ, is left to the reader
 | tokens, images and steps a second of one GPU, in bfloat16 | derived: `benchmarks/gpu/goals.py` |
 | a trained tower takes four times a forward pass | derived: backward twice, and forward again |
 | 16 GPUs are 16 times as fast as one | assumed |
-| 30 and 110 tokens of a short and a long caption with prompt | assumed, as in `examples/recipes` |
+| 30 and 110 tokens of a short and a long caption with prompt | assumed, as in `scale_paper.py` |
 | 10,000 steps of 2,048 pairs of fine-tuning | assumed: one epoch over 20 million of the pairs |
 | 128 cores in a machine of 8 GPUs | assumed, as clouds rent them |
 | 3 dollars for an hour of an H100 | assumed; multiply the hours by your own price |

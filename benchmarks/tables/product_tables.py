@@ -235,6 +235,23 @@ def _draw_plan(plan: dict[str, Any]) -> str:
     return "\n".join(tables)
 
 
+def _render_scale_paper(report: dict[str, Any]) -> str:
+    stages = ("finetune", "extract", "align")
+    heads = ("recipe", "images", *(f"{stage}, GPU hours" for stage in stages),
+             f"hours on {report['gpus']} GPUs", "stored captions, GB")  # fmt: skip
+    rows = [
+        (
+            f"`{name}.yaml`",
+            f"{run['images'] / 1e6:.1f}M",
+            *(f"{run['gpu_hours'][stage]:g}" for stage in stages),
+            f"{run['hours']:g}",
+            f"{run['caption_store_gb']:,}",
+        )
+        for name, run in report["rows"].items()
+    ]
+    return f"{draw_table(heads, rows)}\nComputed for H100s from the recipes, not measured.\n"
+
+
 def _draw_engines(part: dict[str, Any]) -> str:
     labels = {"one": "one process", "partitions": "two partitions", "ray": "two actors of Ray"}
     heads = (f"extract {part['captions']:,} captions", "seconds", "relative to one process")
@@ -395,6 +412,7 @@ PRODUCT_TABLES: dict[str, Callable[[Any], str]] = {
     "onnx": _render_onnx,
     "readme_image": _render_readme_image,
     "scale": _render_scale,
+    "scale_paper": _render_scale_paper,
     "search": _render_search,
     "serving": _render_serving,
     "training_data_distance": _render_training_data_distance,

@@ -30,6 +30,7 @@ DOCUMENTS = (
     RESULTS / "README.md",
     ROOT / "docs" / "build.md",
     ROOT / "docs" / "choose-a-model.md",
+    ROOT / "docs" / "reproduce-the-paper.md",
     ROOT / "examples" / "data" / "caption_lora" / "README.md",
 )
 CARD_TEMPLATE = ROOT / "modeling_llm2clip" / "model_folders" / "model_card_template.md"

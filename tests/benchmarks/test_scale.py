@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.scale import scale_store, scale_streams
+from benchmarks.scale import scale_paper, scale_store, scale_streams
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 
 
@@ -44,3 +45,15 @@ def test_small_measures_have_every_number(tmp_path: Path) -> None:
     assert streams.pop("images") == 12 and len(streams) == 4
     numbers = [number for row in parquet.values() for number in row.values()]
     assert all(number > 0 for number in (*numbers, *streams.values()))
+
+
+def test_the_recorded_hours_of_the_paper_are_those_of_its_recipes() -> None:
+    recorded = json.loads(scale_paper.OUTPUT.read_text("utf-8"))["rows"]
+    assert recorded == scale_paper.plan_runs()
+    # Hand-computed: 4 epochs of 12.9M images at 230 per second, 10,000 steps of 8 x 64 pairs of
+    # 140 tokens at 8,700 per second, and 140 tokens per image at 39,000.
+    run = recorded["openai-l14-336-15m"]
+    assert run["gpu_hours"] == {"finetune": 22.9, "extract": 12.8, "align": 62.2}
+    assert run["hours"] == round((22.9 + 12.8 + 62.2) / 8, 1)
+    # Two captions of 4,096 float16 numbers and a checksum.
+    assert run["caption_store_gb"] == round(12_873_763 * 2 * (8192 + 8) / 1e9)
