@@ -51,7 +51,7 @@ BUDGETS = {
     "doctor": 1068,
     "embedding": 1102,
     "encoding": 944,
-    "evaluation": 2765,
+    "evaluation": 2655,
     "model_folders": 1485,  # load_heads and save_heads
     "publishing": 956,
     "recipes": 364,

@@ -8,9 +8,10 @@ are anywhere, which is the worst case: every tile has something before every pos
 
 Both computations alternate in one process, so that a load on the machine meets them alike; the
 ratio is that of neighbors. The bare products are `torch.mm` of the tiles of `TILE_OF_CPU`
-into one piece of memory, with nothing normalized, compared or kept. Resident memory is the
-process's highest so far: Python, torch, all embeddings and everything computed. `llm2clip evaluate`
-ranks all positives; `large` is what hit rates alone would take.
+into one piece of memory, in float32, with nothing normalized, compared or kept; ranks are computed
+in float64. Resident memory is the process's highest so far: Python, torch, all embeddings and
+everything computed. `llm2clip evaluate` ranks all positives; `large` is what hit rates alone would
+take.
 
 The small case is also ranked by the whole score matrix in float64 and in float32.
 """

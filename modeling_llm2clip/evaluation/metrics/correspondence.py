@@ -45,14 +45,12 @@ class Correspondence:
     Attributes:
         image_of_pair: (num_pairs,) int64, the image of each pair.
         text_of_pair: (num_pairs,) int64, the text of each pair.
-        is_part: True if one side has only some of its rows; the other side is complete.
     """
 
     num_images: int
     num_texts: int
     image_of_pair: Tensor
     text_of_pair: Tensor
-    is_part: bool = False
 
     def __post_init__(self) -> None:
         image, text = self.image_of_pair, self.text_of_pair
@@ -77,7 +75,7 @@ class Correspondence:
             list_first((torch.bincount(rows, minlength=number) == 0).nonzero().flatten().tolist())
             for rows, number in ((image, self.num_images), (text, self.num_texts))
         )
-        if (images or texts) and not self.is_part:
+        if images or texts:
             raise ValueError(
                 f"Some rows have no match. Images without a text: {images or 'none'}; texts "
                 f"without an image: {texts or 'none'}."
@@ -110,11 +108,6 @@ class Correspondence:
         """Pair every text with the one image it describes."""
         images = torch.as_tensor(image_of_text, dtype=torch.int64)
         return cls(num_images, len(images), images, torch.arange(len(images)))
-
-    @property
-    def num_pairs(self) -> int:
-        """Number of image-text pairs."""
-        return len(self.image_of_pair)
 
     @property
     def image_of_text(self) -> Tensor:
