@@ -6,7 +6,7 @@ for the ranks themselves. Functions named `…s_at` return one value per query, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 import torch
@@ -16,7 +16,6 @@ from .ranking import Ranking
 
 CONFIDENCE_LEVEL = 0.95
 NUM_RESAMPLES = 1000
-_CLUSTERS_AT_A_TIME = 2**16
 
 
 def hits_at(ranking: Ranking, *, k: int) -> Tensor:
@@ -107,39 +106,18 @@ def mean_of_means_with_interval(groups: Sequence[tuple[Tensor, Tensor]]) -> dict
     for group, ((values, _), rows) in enumerate(zip(groups, parts, strict=True)):
         sums[:, group].index_add_(0, rows, values.double().cpu())
         sizes[:, group] = torch.bincount(rows, minlength=num_clusters)
+    generator = torch.Generator().manual_seed(0)
     means = []
-    for count, pieces in _sample_clusters(num_clusters):
-        times = torch.zeros(count * num_clusters, dtype=torch.int64)
-        first = torch.arange(count)[:, None] * num_clusters
-        for sampled in pieces:
-            times += torch.bincount((first + sampled).flatten(), minlength=len(times))
-        weights = times.view(count, num_clusters).double()
+    for _ in range(NUM_RESAMPLES):
+        sampled = torch.randint(num_clusters, (num_clusters,), generator=generator)
+        weights = torch.bincount(sampled, minlength=num_clusters).double()
         # A resample may miss a small group entirely; then the other groups are averaged.
-        means.append((weights @ sums / (weights @ sizes)).nanmean(dim=1))
+        means.append((weights @ sums / (weights @ sizes)).nanmean())
     value = fmean(float(values.double().mean()) for values, _ in groups)
-    return {"value": value, **_find_interval(means)}
-
-
-def _find_interval(means: list[Tensor]) -> dict[str, float]:
     tail = (1 - CONFIDENCE_LEVEL) / 2
     tails = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    low, high = torch.cat(means).quantile(tails).tolist()
-    return {"low": low, "high": high}
-
-
-def _sample_clusters(num_clusters: int) -> Iterator[tuple[int, Iterator[Tensor]]]:
-    generator = torch.Generator().manual_seed(0)
-
-    def sample(count: int) -> Iterator[Tensor]:
-        for size in _split(num_clusters, max(1, _CLUSTERS_AT_A_TIME // count)):
-            yield torch.randint(num_clusters, (count, size), generator=generator)
-
-    for count in _split(NUM_RESAMPLES, max(1, _CLUSTERS_AT_A_TIME // num_clusters)):
-        yield count, sample(count)
-
-
-def _split(total: int, most: int) -> list[int]:
-    return [min(most, total - start) for start in range(0, total, most)]
+    low, high = torch.stack(means).quantile(tails).tolist()
+    return {"value": value, "low": low, "high": high}
 
 
 def _require_all_ranks(ranking: Ranking) -> Tensor:
