@@ -128,17 +128,7 @@ def read_evaluation_results(folder: Path) -> list[Result]:
     files = list_result_files(folder)
     if not files:
         raise ValueError(f"{folder} has no results. Run an evaluation with this output first.")
-    return [_read_named(file) for file in files]
-
-
-def _read_named(file: Path) -> Result:
-    result = read_result(file)
-    if file.name != find_result_file(file.parent, result).name:
-        raise ValueError(
-            f"{file} contains the result of {result.task} on {result.dataset}, but the name of the "
-            "file does not match. Delete it and evaluate again."
-        )
-    return result
+    return [read_result(file) for file in files]
 
 
 def find_finished(folder: Path, planned: Iterable[Result]) -> dict[Path, Result]:
@@ -150,9 +140,11 @@ def find_finished(folder: Path, planned: Iterable[Result]) -> dict[Path, Result]
     results: dict[Path, Result] = {}
     for file in list_result_files(folder):
         try:
-            results[file] = _read_named(file)
+            result = read_result(file)
         except ValueError as error:
             errors[str(error)] = None
+        else:
+            results[find_result_file(folder, result)] = result
     for plan in planned:
         for file, result in results.items():
             if conflict := find_conflict(result, plan):
