@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 
 from .._environment import list_versions
 from .._suggestions import list_first
+from ..data.sources.json_files import RepeatedFieldError, make_object
 from ..search.search_results import SearchResult
 from . import schemas
 from .image_inputs import ImageInputs
@@ -116,25 +117,11 @@ def _says_json(request: Request) -> bool:
 def parse_body(body: bytes) -> Any:
     """Parse a JSON body in UTF-8, UTF-16 or UTF-32; raise RequestError if it is invalid."""
     try:
-        return json.loads(body, object_pairs_hook=_make_object)
-    except (ValueError, RecursionError) as error:
+        return json.loads(body, object_pairs_hook=make_object)
+    except (ValueError, RecursionError, RepeatedFieldError) as error:
         raise RequestError(
             400, f"The body is not valid JSON: {error}.", code="invalid_json"
         ) from None
-
-
-def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in members:
-            raise RequestError(
-                400,
-                f"An object in the body has a duplicate key, {key[:_SHOWN]!r}. Remove one.",
-                param=key[:_SHOWN],
-                code="duplicate_key",
-            )
-        members[key] = value
-    return members
 
 
 class JsonResponse(JSONResponse):

@@ -201,27 +201,26 @@ def test_what_is_not_valid_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    ("body", "message", "param"),
+    ("body", "message"),
     [
-        (b'{"input": ' + b"9" * 5000 + b"}", "Exceeds the limit (4300 digits)", None),
-        (b"", "Field required", None),
-        (b"\xff\xfe", "not valid JSON: Expecting value", None),
-        (b"[" * 200_000, "maximum recursion depth exceeded", None),
-        (b'{"input": "\xe9"}', "byte 0xe9 in position 11", None),
-        (b'{"input": "a"', "not valid JSON: Expecting ',' delimiter: line 1 column 14", None),
-        (b'{"input": "a", "input": "b"}', "duplicate key, 'input'", "input"),
-        (b'{"input": [{"text": "a", "text": "b"}]}', "duplicate key, 'text'", "text"),
+        (b'{"input": ' + b"9" * 5000 + b"}", "Exceeds the limit (4300 digits)"),
+        (b"", "Field required"),
+        (b"\xff\xfe", "not valid JSON: Expecting value"),
+        (b"[" * 200_000, "maximum recursion depth exceeded"),
+        (b'{"input": "\xe9"}', "byte 0xe9 in position 11"),
+        (b'{"input": "a"', "not valid JSON: Expecting ',' delimiter: line 1 column 14"),
+        (b'{"input": "a", "input": "b"}', "field 'input' occurs twice"),
+        (b'{"input": [{"text": "a", "text": "b"}]}', "field 'text' occurs twice"),
     ],
     ids=["digits", "empty", "mark", "deep", "latin-1", "cut", "twice", "twice-below"],
 )
 def test_a_body_that_cannot_be_read_is_refused_with_the_reason(
-    url: str, body: bytes, message: str, param: str | None
+    url: str, body: bytes, message: str
 ) -> None:
     for path, media_type in (("/v1/embeddings", "application/JSON"), ("/v1/search", "text/json")):
         status, answer, _ = send(url + path, body, **{"Content-Type": media_type})
         assert status == 400
         assert message in answer["error"]["message"]
-        assert answer["error"]["param"] == param
 
 
 def test_what_a_template_lacks_is_reported_of_the_templates(url: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..validation_errors import ErrorCollector
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it before UTF-8
 _UNREADABLE = "JSON nested too deeply, or an integer of thousands of digits"
+_SHOWN = 100  # characters of a name in an error
 _READ_AT_ONCE = 2**20  # characters
 _WHITESPACE = " \t\r\n"  # as JSON defines it
 _NOT_BLANK = re.compile(r"[^ \t\r\n]")
@@ -92,28 +94,29 @@ def parse_object(content: bytes) -> dict[str, Any] | str:
         return "not JSON"
     except (RecursionError, ValueError):
         return _UNREADABLE
-    except _RepeatedFieldError as error:
+    except RepeatedFieldError as error:
         return str(error)
     if end != len(text):
         return "not JSON"
     return fields if isinstance(fields, dict) else "not an object"
 
 
-class _RepeatedFieldError(Exception):
+class RepeatedFieldError(Exception):
     """A field occurs twice; json would silently keep the last one."""
 
 
-def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object from its members; raise RepeatedFieldError if a name occurs twice."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _RepeatedFieldError(f"field {twice!r} occurs twice in one object")
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise RepeatedFieldError(f"field {twice[:_SHOWN]!r} occurs twice in one object")
     return fields
 
 
 # json.loads would create a decoder per line.
-_DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
+_DECODER = json.JSONDecoder(object_pairs_hook=make_object)
 
 
 def parse_json(text: str) -> Any:
