@@ -16,10 +16,10 @@ class AlignConfig(TrainingConfig, JpegConfig):
     """Options for `align`: what to train, on what data and how long (paper, section 3.2)."""
 
     without_flags = (
-        "beta2", "deterministic", "early_stopping_patience", "eval_steps", "inherit_steps",
-        "jpeg_decoding", "keep_weight", "long_caption_ratio", "lora_rank", "loss_chunk_size",
-        "loss_precision", "max_grad_norm", "min_crop_area", "mini_batch_size", "structure_weight",
-        "vision_learning_rate", "weight_decay",
+        "beta2", "compile", "deterministic", "early_stopping_patience", "eval_steps",
+        "inherit_steps", "jpeg_decoding", "keep_weight", "long_caption_ratio", "lora_rank",
+        "loss_chunk_size", "loss_precision", "max_grad_norm", "min_crop_area", "mini_batch_size",
+        "structure_weight", "vision_learning_rate", "weight_decay",
     )  # fmt: skip
 
     vision_training: Literal["frozen", "lora", "full"] = "frozen"
@@ -255,6 +255,9 @@ class AlignConfig(TrainingConfig, JpegConfig):
             "embeddings are of whole images": self.min_crop_area and images,
             f"mini_batch_size={self.mini_batch_size} has no effect if both sides are stored and no "
             "tower runs: leave it out": self.mini_batch_size and is_stored,
+            "compile=True has no effect if both sides are stored and no tower runs: leave it out": (
+                self.compile and is_stored
+            ),
             f"projection_init=cca {needs_both}": self.projection_init == "cca" and not is_stored,
             f"max_steps=0 writes the closed-form solution, which {needs_both}": (
                 self.max_steps == 0 and not is_stored

@@ -115,7 +115,16 @@ class DeviceConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(DeviceConfig):
+class CompileConfig(DeviceConfig):
+    """Compilation of a model's towers."""
+
+    compile: bool = False
+    """Compile the towers' layers with Triton or a C++ compiler. The first batches take longer, but
+    later ones run faster. Rounding may change the embeddings and the gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(CompileConfig):
     """Options for a training stage: duration, speed, device, checkpoints and metrics."""
 
     max_steps: Annotated[int, Interval(ge=1)] | None = None
@@ -155,6 +164,8 @@ class TrainingConfig(DeviceConfig):
             f"warmup_steps={self.warmup_steps} must be a share below 1 or an integer.": (
                 self.warmup_steps > 1 and self.warmup_steps % 1
             ),
+            "deterministic=True cannot be combined with compile=True, because each process chooses "
+            "its compiled kernels anew. Leave one out.": self.deterministic and self.compile,
         }
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Interval
 
-from .config_fields import DeviceConfig, Precision, WeightDtype
+from .config_fields import CompileConfig, DeviceConfig, Precision, WeightDtype
 
 Backend: TypeAlias = Literal["torch", "onnx"]
 TextWeights: TypeAlias = Literal["float32", "int8", "int4"]
@@ -74,15 +74,6 @@ class JpegConfig(DeviceConfig):
     """Decode JPEGs at full size (full), or at 1/2, 1/4 or 1/8 of it, but no smaller than three
     times the model's input size (scaled). scaled is faster, but slightly changes the embeddings of
     large images."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompileConfig(DeviceConfig):
-    """Compilation of a model."""
-
-    compile: bool = False
-    """Compile the towers' layers with Triton or a C++ compiler. The first batches take longer, but
-    later ones run faster. Rounding may change the embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,14 +17,16 @@ def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "ind
     compile, not for all layers of the tower.
 
     Args:
-        model: A whole, text-only or vision-only model.
+        model: A whole, text-only or vision-only model; a tower that is absent is skipped. LoRAs
+            must be added before.
         backend: As in `torch.compile`.
 
     Raises:
         ValueError: A tower has no list of layers with a known name.
     """
     towers = [getattr(model, name, None) for name in ("text_model", "vision_model")]
-    lists = [find_layers(tower)[1] for tower in towers if tower is not None]
+    # The placeholder of a tower that does not run is empty.
+    lists = [find_layers(tower)[1] for tower in towers if tower is not None and [*tower.children()]]
     lock: Callable[[], AbstractContextManager[Any]]
     lock = getattr(model, "text_forward_lock", nullcontext)
     # The lock keeps passes of other threads from running while only some layers are compiled.

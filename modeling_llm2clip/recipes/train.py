@@ -197,7 +197,7 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
     tuned = "auto" if config.finetune is None else config.finetune.precision
     if "bfloat16" in (tuned, config.extract.precision, config.align.precision):
         yield lambda: find_device(config.device, precision="bfloat16")
-    if config.extract.compile:
+    if any(stage and stage.compile for stage in (config.finetune, config.extract, config.align)):
         yield lambda: require_compiler(find_device(config.device))
     if not is_complete(paths.built):
         yield lambda: _check_towers(config)

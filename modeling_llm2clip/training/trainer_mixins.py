@@ -32,6 +32,7 @@ from .._suggestions import MAX_LISTED, counted, list_first
 from ..attention_llm2clip import find_varlen_kernel
 from ..configs.config_fields import TrainingConfig
 from ..data.sources.json_files import read_json
+from ..encoding.devices import require_compiler
 from ..scheduling.graceful_stop import StopRequest
 from .finite_steps import FiniteSteps, spread_nonfinite
 from .run_folder import CHECKPOINTS, list_trained, mark_complete, require_finite_weights
@@ -121,6 +122,17 @@ def refuse_fsdp_for_lora() -> None:
         raise ValueError(
             "Training a LoRA under FSDP is not supported. Use the configuration for DDP."
         )
+
+
+def require_compilable(config: TrainingConfig, device: torch.device) -> None:
+    """Refuse compile=True without a compiler, or under FSDP.
+
+    FSDP changes the class of a layer, and transformers then no longer recomputes its activations.
+    """
+    if config.compile:
+        require_compiler(device)
+        if is_sharded():
+            raise ValueError("compile=True is not supported under FSDP. Use the DDP configuration.")
 
 
 def training_arguments_on(

@@ -55,6 +55,7 @@ from ..trainer_mixins import (
     deterministic_kernels,
     is_sharded,
     raise_if_stopped,
+    require_compilable,
     run_once_per_machine,
     warn_of_padding,
 )
@@ -246,6 +247,7 @@ def run_alignment(
         data = RecordTable.from_records(data)
         check_data(data, batch_size=config.global_batch_size)
     device = choose_device(config.device)
+    require_compilable(config, device)
     with (
         deterministic_kernels(config, device),
         lock_run(output),

@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ...configs.align_config import AlignConfig
 from ...data.store.embedding_store import EmbeddingStore
+from ...encoding.layer_compilation import compile_layers
 from ...encoding.pixel_normalization import find_normalization
 from ...encoding.precision import load_on_device
 from ...model_folders.guarded_loading import find_stored_dtype, load_in_precision
@@ -155,6 +156,9 @@ class AlignmentFit:
             self.output.mkdir(parents=True, exist_ok=True)
             discard_later_steps(self.output, checkpoint)
         state.wait_for_everyone()
+        for part in (model, model.teacher_model) if self.config.compile else ():
+            if part is not None:
+                compile_layers(part)
         recorded = JsonLinesCallback(self.output / METRICS_FILE)
         trainer = AlignmentTrainer(
             model,

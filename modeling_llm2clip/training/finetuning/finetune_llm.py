@@ -32,6 +32,7 @@ from ...data.records.data_hashes import hash_records
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...encoding.encode import encode_texts
+from ...encoding.layer_compilation import compile_layers
 from ...encoding.precision import load_on_device
 from ...evaluation.tasks.retrieval import measure_caption_retrieval
 from ...model_folders.fingerprint import fingerprint_text
@@ -73,6 +74,7 @@ from ..trainer_mixins import (
     raise_if_stopped,
     recompute_activations,
     refuse_fsdp_for_lora,
+    require_compilable,
     require_gradients,
     run_once_per_machine,
     show_progress,
@@ -150,6 +152,7 @@ def finetune_llm(
     require_output(output, resume=resume, model=model_folder if config.merge else None)
     choose_reports(config.report_to)
     device = choose_device(config.device)
+    require_compilable(config, device)
     with (
         deterministic_kernels(config, device),
         lock_run(output),
@@ -337,6 +340,8 @@ def _train(
         cause=f"lora_target_modules={' '.join(config.lora_target_modules)}",
         remedy="List all other layers in --lora-target-modules.",
     )
+    if config.compile:  # before anything is measured
+        compile_layers(encoder.llm2clip)
     state.wait_for_everyone()  # all processes check the folder before one writes to it
     if state.is_main_process:
         if last is None:
