@@ -39,7 +39,13 @@ from .loading_llm2clip import (
     require_own_names,
     require_savable,
 )
-from .vision_llm2clip import find_width, has_class_token, require_restored_buffers
+from .vision_llm2clip import (
+    build_vision_tower,
+    find_width,
+    has_class_token,
+    list_towers,
+    require_restored_buffers,
+)
 
 SETTINGS_FILE = "config_sentence_transformers.json"
 _NORMALIZE_FOLDER = "1_Normalize"
@@ -270,7 +276,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         model, info = loaded
         model._start = sample_heads(model.named_parameters())
         if hasattr(model, "vision_model"):
-            require_restored_buffers(model.vision_model)
+            for tower in list_towers(model.vision_model):
+                require_restored_buffers(tower)
         refuse_unaccounted_keys(cls, info, allow_misshapen=allow_misshapen)
         renewed = {
             *model.config.random_heads,
@@ -416,8 +423,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 
         A frozen tower without support is skipped, because it stores no activations anyway.
         """
-        towers = {n: m for n, m in self.named_children() if isinstance(m, PreTrainedModel)}
-        for name, tower in towers.items():
+        parts = [(n, m) for n, m in self.named_children() if isinstance(m, PreTrainedModel)]
+        for name, tower in ((name, tower) for name, part in parts for tower in list_towers(part)):
             try:
                 tower._set_gradient_checkpointing(enable, **settings)
             # timm networks without support raise the last two.
@@ -469,7 +476,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 
     def _add_vision_tower(self, vision_model: PreTrainedModel | None) -> None:
         config = self.config
-        self.vision_model = vision_model or build_tower(config.vision_config)
+        self.vision_model = vision_model or build_vision_tower(config.vision_config)
         self.vision_model.config = config.vision_config
         if config.vision_pooling == "cls" and not has_class_token(self.vision_model):
             raise ValueError(

@@ -24,8 +24,11 @@ from .pooling_llm2clip import TEXT_POOLINGS
 
 # Entry i migrates the content of a config.json from format i + 1 to i + 2. A new format needs its
 # migration here, so every published format stays loadable.
-_MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = ()
+_MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (
+    dict,  # format 2 may have several vision towers; all else is as in format 1
+)
 FORMAT_VERSION = 1 + len(_MIGRATIONS)
+_ONE_TOWER_FORMAT = 1  # still written for one vision tower, so that older versions load it
 LOGIT_SCALE_INIT = math.log(1 / 0.07)  # arXiv:2103.00020, section 2.5
 HEADS = ("text_adapter", "text_projection", "visual_projection")
 VISION_POOLINGS = ("pooler", "cls", "mean", "patch_mean")
@@ -45,12 +48,59 @@ class UpgradeRequiredError(ValueError):
     """A config.json needs a newer version of this package or of transformers."""
 
 
+class JoinedVisionConfig(PreTrainedConfig):
+    """Configuration of several vision towers that are used as one.
+
+    All towers see the same pixels, prepared for the largest image size. A tower's own pixels are
+    these, resized to its size, times its scales plus its shifts.
+
+    Args:
+        towers: Configurations of the towers, as objects or dictionaries with `model_type`.
+        image_sizes: Side of each tower's square images, in pixels.
+        pixel_scales: For each tower, one factor per color channel.
+        pixel_shifts: For each tower, one summand per color channel.
+        **kwargs: Fields that every transformers configuration has, and `architecture`, which
+            names the towers.
+    """
+
+    model_type = "llm2clip_joined_vision"
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        towers: Sequence[PreTrainedConfig | dict[str, Any]],
+        image_sizes: Sequence[int],
+        pixel_scales: Sequence[Sequence[float]],
+        pixel_shifts: Sequence[Sequence[float]],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**{**kwargs, "image_size": max(image_sizes)})
+        self.towers = [_tower_config(tower, name="vision_config.towers") for tower in towers]
+        self.image_sizes, self.pixel_scales = list(image_sizes), list(pixel_scales)
+        self.pixel_shifts = list(pixel_shifts)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        """Set a field; attention implementation and dtype apply to every tower."""
+        super().__setattr__(key, value)  # type: ignore[no-untyped-call]
+        if key in ("_attn_implementation", "dtype"):
+            for tower in getattr(self, "towers", ()):  # none while the base is initialized
+                setattr(tower, key, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of `config.json`, with a dictionary for each tower."""
+        contents = [tower.to_dict() for tower in self.towers]
+        version = "transformers_version"  # not repeated, as in other nested configurations
+        towers = [{k: v for k, v in each.items() if k != version} for each in contents]
+        return {**super().to_dict(), "towers": towers}
+
+
 class LLM2CLIPConfig(PreTrainedConfig):
     """Configuration of an LLM2CLIP model (arXiv:2411.04997, section 3).
 
     Args:
         vision_config: Configuration of the vision tower, as an object or as the dictionary in
-            `config.json`; a dictionary needs its `model_type`.
+            `config.json`; a dictionary needs its `model_type`. That of several towers is a
+            `JoinedVisionConfig`.
         text_config: Configuration of the LLM, as an object or a dictionary.
         projection_dim: Width of the space that images and texts share.
         vision_width: Width of the vision tower's pooled output; None if the tower's own
@@ -87,8 +137,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
             their random initial weights. A model's `save_pretrained` removes from this list every
             head whose weights have changed since the model was built or loaded, no matter what
             trained them.
-        format_version: Version of the layout of weights and configuration; older versions are
-            migrated on loading.
+        format_version: Version of the layout of weights and configuration. Older versions are
+            migrated on loading, and the oldest version that can describe the model is kept.
         **kwargs: Fields that every transformers configuration has. Unknown fields cause a warning,
             but are kept in the saved file.
 
@@ -156,7 +206,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.vision_pooling, self.visual_projection_bias = vision_pooling, visual_projection_bias
         self.logit_scale_init_value = logit_scale_init_value
         self.random_heads = [*random_heads]
-        self.format_version = format_version
+        has_several = hasattr(self.vision_config, "towers")
+        self.format_version = FORMAT_VERSION if has_several else _ONE_TOWER_FORMAT
         _write_attention_direction(self.text_config, bidirectional=bidirectional)
         self._check_values()
         if attn_implementation is not None:
@@ -385,8 +436,8 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda heads: isinstance(heads, list | tuple) and all(head in HEADS for head in heads),
     ),
     "format_version": (
-        f"{FORMAT_VERSION}, the current format",
-        lambda value: _is_integer(value) and value == FORMAT_VERSION,
+        f"an integer from 1 to {FORMAT_VERSION}, the current format",
+        lambda value: _is_integer(value) and 1 <= value <= FORMAT_VERSION,
     ),
 }
 
@@ -469,6 +520,8 @@ def _tower_config(
             f"{name} must be a transformers configuration or a dictionary with 'model_type'; "
             f"got {config!r}."
         )
+    if config["model_type"] == JoinedVisionConfig.model_type and name == "vision_config":
+        return JoinedVisionConfig.from_dict(config)
     if config["model_type"] not in CONFIG_MAPPING:
         raise UpgradeRequiredError(
             f"{name} has model_type={config['model_type']!r}, which this version of "

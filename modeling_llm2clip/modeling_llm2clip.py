@@ -55,7 +55,7 @@ from .packing_llm2clip import (
     splits_batches,
     text_forward_lock,
 )
-from .vision_llm2clip import check_pixels, choose_interpolation, pool_vision
+from .vision_llm2clip import check_pixels, choose_interpolation, list_towers, pool_vision
 
 if TYPE_CHECKING:
     # Some versions of transformers only copy the files that the loaded file itself imports. That
@@ -354,7 +354,8 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
 
         Returns:
             `pooler_output` (B, P) float32, projected but not normalized, and the tower's
-            `last_hidden_state`: (B, L, D), or (B, D, H, W) for a convolutional network.
+            `last_hidden_state`: (B, L, D), (B, D, H, W) for a convolutional network, or None for
+            joined towers.
 
         Raises:
             TypeError: The tower has no argument with this name.
@@ -438,6 +439,9 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         extra: dict[str, Any] = {
             "pixel_attention_mask": pixel_attention_mask,
             "spatial_shapes": spatial_shapes,
+            "pooling": self.config.vision_pooling
+            if len(list_towers(self.vision_model)) > 1
+            else None,
             **choose_interpolation(
                 self.vision_model, pixel_values, interpolate=interpolate_pos_encoding
             ),

@@ -1,5 +1,7 @@
 """Properties of vision towers: image sizes, patches, and pooling into one embedding per image.
 
+Several towers can be joined into one, whose pooled output is the concatenation of theirs.
+
 Uploaded with the weights. Shapes: B is the batch size, L the number of tokens, D the width of the
 tower.
 """
@@ -8,16 +10,88 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .configuration_llm2clip import JoinedVisionConfig
+from .loading_llm2clip import build_tower
 
 # Names of the tokens in front of the patches. Class tokens represent the whole image.
 _CLASS_TOKEN = re.compile("cls_.*token|class_embedding")
 _PREFIX_TOKENS = re.compile(f"{_CLASS_TOKEN.pattern}|distillation_token|register_tokens")
 # Modules that pool tokens; AIMv2 calls the query in its module "cls_token".
 _POOLING_PARTS = {"head", "pooler", "attn_pool"}
+
+
+class JoinedVisionModel(PreTrainedModel):
+    """Several vision towers that are used as one.
+
+    Args:
+        config: Configuration of the towers.
+        towers: The towers. If empty, towers with random weights are built from the configuration.
+    """
+
+    config_class = JoinedVisionConfig
+    _supports_sdpa = _supports_flash_attn = True
+    _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, config: JoinedVisionConfig, towers: Sequence[PreTrainedModel] = ()) -> None:
+        super().__init__(config)
+        self.towers = nn.ModuleList(towers or [build_tower(each) for each in config.towers])
+        for tower, tower_config in zip(list_towers(self), config.towers, strict=True):
+            tower.config = tower_config  # one object, so changes reach both
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def forward(self, pixel_values: Tensor, pooling: str = "pooler") -> BaseModelOutputWithPooling:
+        """Run every tower on its own version of the images.
+
+        Args:
+            pixel_values: (B, 3, S, S) float, prepared for the largest image size.
+            pooling: How each tower's output is pooled, as in `pool_vision`.
+
+        Returns:
+            `pooler_output`, (B, D): the towers' pooled outputs side by side. There is no
+            `last_hidden_state`, because the towers have different numbers of tokens.
+        """
+        config: Any = self.config
+        settings = (config.image_sizes, config.pixel_scales, config.pixel_shifts)
+        pooled = []
+        for tower, *each in zip(self.towers, *settings, strict=True):
+            pixels = _convert_pixels(pixel_values, *each)
+            output = tower(pixel_values=pixels)
+            embeds = pool_vision(output, pooling, vision_model=tower, pixel_values=pixels)
+            pooled.append(embeds.to(pixel_values.device))
+        return BaseModelOutputWithPooling(pooler_output=torch.cat(pooled, dim=-1))
+
+
+def _convert_pixels(
+    pixel_values: Tensor, size: int, scales: Sequence[float], shifts: Sequence[float]
+) -> Tensor:
+    """Resize images with antialiasing and change their normalization, in float32."""
+    pixels = pixel_values.float()
+    if pixels.shape[-1] != size:
+        pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
+    if [*scales, *shifts] != [1.0] * 3 + [0.0] * 3:
+        scale, shift = (pixels.new_tensor(each).view(3, 1, 1) for each in (scales, shifts))
+        pixels = pixels * scale + shift
+    return pixels.to(pixel_values.dtype)
+
+
+def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a vision tower, or several as one, with random weights."""
+    return JoinedVisionModel(config) if hasattr(config, "towers") else build_tower(config)  # type: ignore[arg-type]
+
+
+def list_towers(vision_model: nn.Module) -> list[Any]:
+    """List the towers that a vision tower consists of: itself, or those that were joined."""
+    return list(getattr(vision_model, "towers", [vision_model]))
 
 
 def check_pixels(vision_model: nn.Module, pixel_values: Tensor) -> None:
@@ -80,7 +154,10 @@ def find_width(vision_model: nn.Module) -> int | None:
 
 def has_class_token(vision_model: nn.Module) -> bool:
     """Return whether the tower has a class token."""
-    return any(map(_CLASS_TOKEN.fullmatch, _find_own_parameters(vision_model)))
+    return all(
+        any(map(_CLASS_TOKEN.fullmatch, _find_own_parameters(tower)))
+        for tower in list_towers(vision_model)
+    )
 
 
 def find_fixed_size(vision_model: nn.Module) -> tuple[int, int] | None:
@@ -90,7 +167,7 @@ def find_fixed_size(vision_model: nn.Module) -> tuple[int, int] | None:
     trained = (getattr(config, "pretrained_cfg", None) or {}).get("input_size", ())[-2:]  # timm
     stated = getattr(config, "image_size", None) or trained
     size = (stated, stated) if isinstance(stated, int) else tuple(stated) if stated else None
-    if _has_table_of_pairs(vision_model):
+    if hasattr(vision_model, "towers") or _has_table_of_pairs(vision_model):
         return size
     if timm_model is not None:
         patches: Any = getattr(timm_model, "patch_embed", None)
@@ -261,6 +338,8 @@ def pool_vision(
 
     `patch_mask`, (B, L), is 0 where a patch is padding.
     """
+    if hasattr(vision_model, "towers"):  # has pooled the output of each
+        return output.pooler_output  # type: ignore[no-any-return]
     config: Any = vision_model.config
     num_images, tower = pixel_values.shape[0], f"this {config.model_type!r} tower"
     hidden_states: Tensor = output.last_hidden_state

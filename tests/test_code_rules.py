@@ -41,8 +41,8 @@ MOST_FUNCTION_LINES = 60
 # folder may grow by HEADROOM until the next release. Beyond that, new code replaces old, or the
 # commit raises the budget and says why.
 BUDGETS = {
-    ".": 2580,
-    "building": 1223,
+    ".": 2610,  # several vision towers as one
+    "building": 1240,  # several vision towers as one
     "cli": 978,
     "configs": 772,  # deterministic, crops, beta2, the precision of the loss
     "conversion": 536,

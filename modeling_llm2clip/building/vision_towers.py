@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -30,10 +32,17 @@ from transformers.image_utils import (
 
 from .._suggestions import counted, list_first
 from ..configs.build_config import Normalization
+from ..configuration_llm2clip import JoinedVisionConfig
 from ..encoding.dual_encoder import require_dual_encoder
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..loading_llm2clip import build_tower, load_without_code
-from ..vision_llm2clip import can_interpolate, find_fixed_size, find_patch_size
+from ..vision_llm2clip import (
+    JoinedVisionModel,
+    can_interpolate,
+    choose_interpolation,
+    find_fixed_size,
+    find_patch_size,
+)
 from .part_loading import forget_code, forget_origin, load_part, naming
 from .tower_checks import require_pixels_alone
 
@@ -100,6 +109,47 @@ def load_vision_tower(
     else:
         image_processor = forget_code(load_without_code(AutoImageProcessor, source))
     return model.eval(), image_processor, kept
+
+
+def join_vision_towers(
+    towers: Sequence[tuple[PreTrainedModel, Any]],
+) -> tuple[PreTrainedModel, Any]:
+    """Join several vision towers and their image processors into one tower and its processor.
+
+    The image processor is that of the largest size, of several the first. The other towers see its
+    images, resized. Each processor's normalization is measured on a black and a white image.
+    """
+    sizes, ends = [], []
+    for tower, image_processor in towers:
+        black, white = (
+            image_processor(Image.new("RGB", size, color), return_tensors="pt")["pixel_values"]
+            for size, color in (((640, 480), "black"), ((480, 640), "white"))
+        )
+        if black.ndim != 4 or black.shape[2] != black.shape[3] or black.shape != white.shape:
+            raise ValueError(
+                f"{tower.config.name_or_path or tower.config.model_type} cannot be joined with "
+                "other towers: they share square images, but its image processor prepares images "
+                f"of {tuple(black.shape)} and {tuple(white.shape)}. Use a tower with a fixed image "
+                "size."
+            )
+        choose_interpolation(tower, black, interpolate=False)
+        sizes.append(black.shape[-1])
+        ends.append([pixels[0].double().mean(dim=(1, 2)) for pixels in (black, white)])
+    largest = sizes.index(max(sizes))
+    first, last = ends[largest]
+    scales = [(white - black) / (last - first) for black, white in ends]
+    shifts = [black - first * scale for (black, _), scale in zip(ends, scales, strict=True)]
+    configs = [tower.config for tower, _ in towers]
+    config = JoinedVisionConfig(
+        configs,
+        sizes,
+        [scale.tolist() for scale in scales],
+        [shift.tolist() for shift in shifts],
+        architecture="+".join(getattr(c, "architecture", None) or c.model_type for c in configs),
+        dtype=towers[0][0].dtype,
+    )
+    config._name_or_path = "+".join(c._name_or_path for c in configs if c._name_or_path)
+    return JoinedVisionModel(config, [t for t, _ in towers]).train(False), towers[largest][1]
 
 
 def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProcessor:

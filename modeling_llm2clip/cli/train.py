@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .._extras import CAPTION_TUNING, DEMO, require
-from ..configs.build_config import EMBEDDED
+from ..configs.build_config import EMBEDDED, list_vision_sources
 from ..configs.config_fields import ImageLimitsConfig, read_config
 from ..configs.train_config import TrainConfig
 from .command import command
@@ -27,11 +27,11 @@ def train(recipe: Path, /, *, dry_run: bool = False, limits: ImageLimitsConfig) 
         limits: Limits on the images to decode.
     """
     config = read_config(recipe, TrainConfig)
-    towers = (config.vision_model, config.text_model)
+    towers = (*list_vision_sources(config.vision_model), config.text_model)
     if "/" in (folder := _find_folder(config.data)):  # before the towers are looked up on the Hub
         require_data(folder, config)
     require(*CAPTION_TUNING, *(DEMO if EMBEDDED in towers else ()))
-    require_text_tower(towers[1], config.build.lora)
+    require_text_tower(config.text_model, config.build.lora)
     use_image_limits(limits)
     use_device(config.device)
     if dry_run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Interval
 
@@ -43,6 +43,13 @@ _OF_LLMS = (
 _OF_EMBEDDERS = ("prompt_name", "truncate_dim", "keep_embeddings")
 # Options that would change the embeddings of texts.
 _OF_TEXT_SIDE = ("projection_dim", "keep_projection", "text_adapter_layers")
+
+
+def list_vision_sources(source: Any) -> list[Any]:
+    """Split `A+B` into the names of several vision towers; an existing path is one tower."""
+    if isinstance(source, str) and not Path(source).exists():
+        return source.split("+")
+    return source if isinstance(source, list) else [source]
 
 
 @dataclass(frozen=True, kw_only=True)

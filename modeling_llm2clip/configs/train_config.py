@@ -11,7 +11,7 @@ from typing import Annotated
 from annotated_types import Interval
 
 from .align_config import AlignConfig
-from .build_config import EMBEDDED, OWN_PROMPT, BuildConfig
+from .build_config import EMBEDDED, OWN_PROMPT, BuildConfig, list_vision_sources
 from .config_fields import Config, DataConfig, Device, Seed
 from .encoding_config import ExtractConfig
 from .evaluation_config import EvaluationConfig
@@ -115,6 +115,9 @@ class TrainConfig(DataConfig):
             ),
             "vision_model=embedded has no text encoder. Leave build.keep_projection out.": (
                 build.keep_projection and self.vision_model == EMBEDDED
+            ),
+            "build.keep_projection=True keeps the projection of one vision model. Name only one.": (
+                build.keep_projection and len(list_vision_sources(self.vision_model)) > 1
             ),
             "finetune.merge=False leaves no model for the next stages. Leave it out.": (
                 self.finetune is not None and not self.finetune.merge

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..vision_llm2clip import list_towers
+
 
 def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile the layers of a model's towers in place, for inputs of any length.
@@ -26,7 +28,8 @@ def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "ind
     """
     towers = [getattr(model, name, None) for name in ("text_model", "vision_model")]
     # The placeholder of a tower that does not run is empty.
-    lists = [find_layers(tower)[1] for tower in towers if tower is not None and [*tower.children()]]
+    running = [tower for tower in towers if tower is not None and [*tower.children()]]
+    lists = [find_layers(each)[1] for tower in running for each in list_towers(tower)]
     lock: Callable[[], AbstractContextManager[Any]]
     lock = getattr(model, "text_forward_lock", nullcontext)
     # The lock keeps passes of other threads from running while only some layers are compiled.

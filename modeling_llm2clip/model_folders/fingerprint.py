@@ -240,8 +240,12 @@ def _describe_weights(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 def _read_tower(folder: Path, name: str) -> dict[str, Any]:
     """Read a tower's config.json fields, except fields that depend on transformers' version."""
-    settings = read_json(folder / "config.json")[name]
-    return {k: v for k, v in settings.items() if v is not None and k not in _NOT_OF_THE_TOWER}
+    return _keep_of_tower(read_json(folder / "config.json")[name])
+
+
+def _keep_of_tower(settings: dict[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in settings.items() if v is not None and k not in _NOT_OF_THE_TOWER}
+    return {k: [*map(_keep_of_tower, v)] if k == "towers" else v for k, v in kept.items()}
 
 
 def _hash_tokenizer(tokenizer: Any) -> str:

@@ -423,7 +423,8 @@ def name_base_models(*names: str, relation: str = "finetune") -> dict[str, Any]:
 
     Without a stated relation, the Hub would show a model with two base models as a merge.
     """
-    on_hub = [name for name in names if _HUB_ID.fullmatch(name)]
+    parts = (part for name in names for part in name.split("+"))  # joined vision towers
+    on_hub = [part for part in parts if _HUB_ID.fullmatch(part)]
     return {"base_model": on_hub, "base_model_relation": relation} if on_hub else {}
 
 

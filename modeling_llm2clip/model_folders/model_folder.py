@@ -185,7 +185,7 @@ def _connect(endpoint: str) -> str | None:
 
 def require_sources(
     *,
-    vision: str | Path | None = None,
+    vision: Sequence[str | Path] = (),
     text: str | Path | None = None,
     lora: str | Path | None = None,
 ) -> None:
@@ -194,9 +194,8 @@ def require_sources(
     Nothing is loaded, and all missing sources are named at once. A text tower may be a `.gguf`
     file, also in a Hub repository (`owner/name/FILE.gguf`); both towers may be "embedded".
     """
-    errors = []
-    if vision is not None and vision != EMBEDDED:
-        errors.append(_find_error("vision tower", vision, file="config.json"))
+    visions = (source for source in vision if source != EMBEDDED)
+    errors = [_find_error("vision tower", source, file="config.json") for source in visions]
     if text is not None and Path(text).suffix == ".gguf":
         if not Path(text).is_file() and not is_hub_id(str(Path(text).parent)):
             errors.append(

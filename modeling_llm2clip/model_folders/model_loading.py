@@ -18,9 +18,10 @@ from ..configs.config_fields import Precision
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.devices import find_device
 from ..encoding.precision import load_on_device
-from ..loading_llm2clip import KEPT_IN_FULL, build_tower, list_model_files
+from ..loading_llm2clip import KEPT_IN_FULL, list_model_files
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from ..vision_llm2clip import build_vision_tower
 from .guarded_loading import load_in_precision
 from .model_folder import find_model_folder, require_own_model
 
@@ -130,7 +131,7 @@ class PartialModel(LLM2CLIPModel):
         if not with_vision_tower:
             # Built on the meta device, because only the network knows the width of its embeddings.
             with torch.device("meta"):
-                vision_model = build_tower(config.vision_config)
+                vision_model = build_vision_tower(config.vision_config)
         text_model: Any = None if with_llm else _AbsentTower()
         super().__init__(config, vision_model, text_model)
         if not with_vision_tower:

@@ -160,7 +160,8 @@ def render_hosting_files(config: ExportConfig, model_config: LLM2CLIPConfig) -> 
     """
     if not config.handler:
         return {}
-    is_timm = getattr(model_config.vision_config, "model_type", None) == "timm_wrapper"
+    towers = getattr(model_config.vision_config, "towers", [model_config.vision_config])
+    is_timm = any(getattr(tower, "model_type", None) == "timm_wrapper" for tower in towers)
     packages = sorted([*_NEEDED_PACKAGES, *(["timm"] if is_timm else [])])
     return {
         "handler.py": Path(__file__).with_name("endpoint_handler.py").read_text(encoding="utf-8"),
@@ -178,7 +179,7 @@ def export_vision_tower(folder: Path, output: str | Path, *, license: str | None
     """
     require_new_folder(Path(output))  # before the weights are read
     config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).vision_config
-    if find_tower_class(config) is not AutoModel:
+    if hasattr(config, "towers") or find_tower_class(config) is not AutoModel:
         raise ValueError(
             f"components=vision-tower: transformers' AutoModel has no {config.model_type!r} tower, "
             "so the exported folder would not load. Export the full model."

@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 from .._suggestions import counted
 from ..building.pretrained_towers import EMBEDDED
+from ..configs.build_config import list_vision_sources
 from ..configs.train_config import TrainConfig
 from ..data.captions.caption_groups import count_groups
 from ..data.records.record_loading import find_example_data, load_records
@@ -129,7 +130,8 @@ def _list_stages(
     config: TrainConfig, train: RecordTable, num_images: tuple[int, int], num_texts: int
 ) -> list[PlannedStage]:
     paths, captions = RecipePaths(config.output), counted(num_texts, "caption")
-    towers = " + ".join(Path(name).name for name in (config.vision_model, config.text_model))
+    sources = (*list_vision_sources(config.vision_model), config.text_model)
+    towers = " + ".join(Path(source).name for source in sources)
     stages = [PlannedStage("build", towers, paths.built, _find_state(paths.built))]
     if config.finetune is not None:
         size, tuned = _describe_finetuning(config, train), paths.fine_tuned / "model"

@@ -17,7 +17,7 @@ from transformers import AutoConfig, TrainerCallback
 
 from ..building.build_model import build_model
 from ..building.pretrained_towers import EMBEDDED, fetch_embedded
-from ..configs.build_config import DEFAULT_PROJECTION_DIM
+from ..configs.build_config import DEFAULT_PROJECTION_DIM, list_vision_sources
 from ..configs.config_fields import read_config
 from ..configs.evaluation_config import EvaluatedModel
 from ..configs.export_config import CardConfig
@@ -142,7 +142,7 @@ def _check(
 def _identify_data(config: TrainConfig, split: Split) -> dict[str, Any]:
     """Hash a recipe's inputs: local towers, records, images, text pairs, LoRA and kept texts."""
     train, test = split
-    finetune = config.finetune
+    finetune, visions = config.finetune, list_vision_sources(config.vision_model)
     files = [Path(file) for file, _ in finetune.text_pairs] if finetune else []
     if finetune and finetune.init_lora:
         files.append(finetune.init_lora / LORA_WEIGHTS)
@@ -157,7 +157,7 @@ def _identify_data(config: TrainConfig, split: Split) -> dict[str, Any]:
         "towers": {
             name: _identify_source(source)
             for name, source in (
-                ("vision_model", config.vision_model),
+                *((f"vision_model{i or ''}", each) for i, each in enumerate(visions)),
                 ("text_model", config.text_model),
                 ("lora", config.build.lora),
             )
@@ -236,8 +236,8 @@ def _check_towers(config: TrainConfig) -> None:
     if config.text_model != EMBEDDED:
         config.build.require_prompt()
     require_sources(
-        vision=None if config.vision_model == EMBEDDED else config.vision_model,
-        text=None if config.text_model == EMBEDDED else config.text_model,
+        vision=list_vision_sources(config.vision_model),
+        text=config.text_model,
         lora=config.build.lora,
     )
     if config.build.keep_projection and find_model_type(config.vision_model) is not None:

@@ -34,6 +34,7 @@ from ..configs.config_fields import TrainingConfig
 from ..data.sources.json_files import read_json
 from ..encoding.devices import require_compiler
 from ..scheduling.graceful_stop import StopRequest
+from ..vision_llm2clip import list_towers
 from .finite_steps import FiniteSteps, spread_nonfinite
 from .run_folder import CHECKPOINTS, list_trained, mark_complete, require_finite_weights
 
@@ -455,8 +456,9 @@ def count_warmup_steps(warmup_steps: float, num_steps: int) -> int:
 def recompute_activations(tower: Any) -> None:
     """Make a tower recompute activations in the backward pass, which is slower but saves memory."""
     # Newer versions of transformers use this name and warn about the old one.
-    enable = getattr(tower, "activation_checkpointing_enable", None)
-    (enable or tower.gradient_checkpointing_enable)({"use_reentrant": False})
+    for each in list_towers(tower):
+        enable = getattr(each, "activation_checkpointing_enable", None)
+        (enable or each.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def add_lora(tower: nn.Module, config: Any) -> Any:

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from tiny import draw_noise, tiny_model
+from tiny import JOINED, draw_noise, tiny_model
 
 from modeling_llm2clip.configuration_llm2clip import FORMAT_VERSION
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
@@ -26,7 +26,7 @@ CAPTIONS = ["a dog", "two small cats on a mat"]
 def record_format(output: Path) -> None:
     """Write an archive of a tiny model folder and its embeddings."""
     model: Any
-    model, processor = tiny_model()
+    model, processor = tiny_model(JOINED)  # format 1 had one tower: tiny_model()
     with torch.no_grad():
         for weight in model.parameters():  # of few values, which an archive holds in little space
             weight.copy_((32 * weight).round() / 32)

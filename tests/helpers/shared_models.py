@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from tiny import LLM_FAMILIES, VISION_FAMILIES, tiny_images, tiny_model
+from tiny import JOINED, LLM_FAMILIES, VISION_FAMILIES, tiny_images, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
-PAIRS = [(vision, "llama") for vision in VISION_FAMILIES] + [
+PAIRS = [(vision, "llama") for vision in (*VISION_FAMILIES, JOINED)] + [
     ("clip", llm) for llm in LLM_FAMILIES if llm != "llama"
 ]
 CAPTIONS = ["a dog", "two red apples on a wooden table by the window", "x"]
@@ -25,7 +25,18 @@ INSTRUCTION = "Instruct: find the image. Query: "
 ROUNDING = 1e-5
 
 # Families that differ most from each other, which the default suite runs. CI runs all.
-COMMON = {"clip", "siglip2", "dinov2", "timm", "eva02", "llama", "qwen3", "gemma3_text", "phi"}
+COMMON = {
+    "clip",
+    JOINED,
+    "siglip2",
+    "dinov2",
+    "timm",
+    "eva02",
+    "llama",
+    "qwen3",
+    "gemma3_text",
+    "phi",
+}
 
 
 def mostly_slow(families: Iterable[str], common: Iterable[str] = COMMON) -> list[Any]:
@@ -42,7 +53,7 @@ every_pair = pytest.mark.parametrize(
     ],
     ids=["-".join(pair) for pair in PAIRS],
 )
-every_vision = pytest.mark.parametrize("vision", mostly_slow(VISION_FAMILIES))
+every_vision = pytest.mark.parametrize("vision", mostly_slow((*VISION_FAMILIES, JOINED)))
 # `pytest -m gpu` runs the second device, which the default suite skips.
 every_device = pytest.mark.parametrize(
     "device",

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modeling_llm2clip.building.build_model import join_towers
-from modeling_llm2clip.building.vision_towers import image_processor_from_timm
+from modeling_llm2clip.building.vision_towers import image_processor_from_timm, join_vision_towers
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.configuration_llm2clip import HEADS
 from modeling_llm2clip.loading_llm2clip import build_tower
@@ -37,6 +37,7 @@ VOCABULARY_SIZE = 320
 VISION_FAMILIES = (
     "clip", "siglip", "siglip2", "dinov2", "dinov3_vit", "vit", "timm", "eva02", "timm-siglip",
 )  # fmt: skip
+JOINED = "dinov2+timm-small"  # of two sizes and normalizations
 # Run by fewer tests. Some are also given whole, as `tiny_dual_encoder` builds them.
 MORE_VISION_FAMILIES = (
     "tipsv2", "metaclip_2", "aimv2", "chinese_clip", "altclip", "ijepa", "radio", "pe-core",
@@ -92,6 +93,7 @@ _TIMM_SIZE = {
 }  # fmt: skip
 _TIMM_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "timm": ("test_vit", {"img_size": IMAGE_SIZE}),
+    "timm-small": ("test_vit", {"img_size": IMAGE_SIZE // 2}),
     # Rotary positions count in the grid it was trained on, as in the towers for 336 pixels.
     "eva02": ("eva02_base_patch16_clip_224", {**_TIMM_SIZE, "ref_feat_shape": [3, 3]}),
     "timm-siglip": ("vit_so400m_patch14_siglip_224", _TIMM_SIZE),
@@ -164,8 +166,10 @@ def tiny_tokenizer(
 def tiny_vision(family: str = "clip", *, seed: int = 0) -> tuple[PreTrainedModel, Any]:
     """Build a vision tower of 32 × 32 pixels and its image processor; see `VISION_FAMILIES`.
 
-    A test of a family that this version of transformers lacks is skipped.
+    A test of a family that this version of transformers lacks is skipped. "A+B" joins two.
     """
+    if "+" in family:
+        return join_vision_towers([tiny_vision(part) for part in family.split("+")])
     if family in _TIMM_NETWORKS:
         return tiny_timm(*_TIMM_NETWORKS[family], seed=seed)
     model_type, extras = _VISION_CONFIGS[family]

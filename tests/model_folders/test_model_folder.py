@@ -60,12 +60,12 @@ def test_the_hub_is_tried_once_in_a_process(tries: list[Any]) -> None:
         with pytest.raises(ValueError, match="cannot be reached"):
             refuse("owner/absent")
     with pytest.raises(ValueError, match=r"vision tower.*cannot be reached.*language model: no "):
-        require_sources(vision="gpt-vision", text="./llm")
+        require_sources(vision=["gpt-vision"], text="./llm")
     assert tries == [("huggingface.co", 443)]
 
 
 def test_the_embedded_towers_are_not_looked_up(tries: list[Any]) -> None:
-    require_sources(vision="embedded", text="embedded")
+    require_sources(vision=["embedded"], text="embedded")
     assert tries == []
 
 

@@ -19,7 +19,7 @@ from odd_images import write_png_header, write_tiff
 from onnx_folders import ALL_WEIGHTS, shared_graphs, shared_source, write_small_data
 from PIL import Image
 from shared_models import CAPTIONS, INSTRUCTION, ROUNDING
-from tiny import LLM_FAMILIES, VISION_FAMILIES, draw_noise, tiny_model
+from tiny import JOINED, LLM_FAMILIES, VISION_FAMILIES, draw_noise, tiny_model
 from tiny_folders import export_tiny_model
 
 from modeling_llm2clip import ExportConfig, LLM2CLIPConfig, export_model, load_onnx_encoder
@@ -400,7 +400,9 @@ def test_the_command_prints_how_each_graph_was_checked(
 
 
 # CLIP is in the shared graphs, and SigLIP2 is refused.
-EXPORTED_VISION = [*(set(VISION_FAMILIES) - {"clip", "siglip2"}), "timm with batch norm"]
+EXPORTED_VISION = [
+    *(set(VISION_FAMILIES) - {"clip", "siglip2"}), "timm with batch norm", JOINED,
+]  # fmt: skip
 
 
 @pytest.mark.slow

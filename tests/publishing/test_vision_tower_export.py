@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from breaking import edit_json
-from shared_models import every_vision, shared_model
-from tiny import draw_noise, tiny_images, tiny_model
+from shared_models import mostly_slow, shared_model
+from tiny import JOINED, VISION_FAMILIES, draw_noise, tiny_images, tiny_model
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
@@ -27,7 +27,7 @@ def hidden_states_of(tower: PreTrainedModel, inputs: dict[str, Tensor]) -> list[
     return [*output.hidden_states, output.last_hidden_state]
 
 
-@every_vision
+@pytest.mark.parametrize("vision", mostly_slow(VISION_FAMILIES))
 def test_the_exported_tower_gives_the_models_own_hidden_states(vision: str, tmp_path: Path) -> None:
     model, processor = shared_model(vision)
     source = save_model(model, processor, tmp_path / "model")
@@ -114,8 +114,13 @@ def test_a_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_a_tower_that_automodel_does_not_know_is_not_exported_alone(tmp_path: Path) -> None:
-    source = save_model(*tiny_model("altclip"), tmp_path / "model")
-    with pytest.raises(ValueError, match="AutoModel has no 'altclip_vision_model' tower"):
+@pytest.mark.parametrize(
+    ("vision", "name"), [("altclip", "altclip_vision_model"), (JOINED, "llm2clip_joined_vision")]
+)
+def test_a_tower_that_automodel_does_not_know_is_not_exported_alone(
+    vision: str, name: str, tmp_path: Path
+) -> None:
+    source = save_model(*tiny_model(vision), tmp_path / "model")
+    with pytest.raises(ValueError, match=f"AutoModel has no '{name}' tower"):
         export_vision_tower(source, tmp_path / "tower")
     assert not (tmp_path / "tower").exists()

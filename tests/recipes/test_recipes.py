@@ -18,6 +18,7 @@ from tiny_embedders import tiny_embedder
 from tiny_folders import save_tiny_llm, save_tiny_vision
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.build_config import list_vision_sources
 from modeling_llm2clip.configs.config_fields import make_config, read_config, read_yaml
 from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.records.records import CaptionedImage
@@ -57,7 +58,9 @@ def list_sizes(tower: str) -> set[str]:
 
 
 def test_every_row_of_the_paper_has_a_recipe() -> None:
-    assert {file.stem for file in OTHERS} == {"embedded", "locked-embedder", "proclip-l14"}
+    assert {file.stem for file in OTHERS} == {
+        "clip-dinov2", "embedded", "locked-embedder", "proclip-l14",
+    }  # fmt: skip
     # Table 1.
     for tower in ("openai-b16", "openai-l14", "openai-l14-336", "eva02-b16", "eva02-l14-336"):
         assert "15m" in list_sizes(tower)
@@ -83,7 +86,8 @@ def test_a_recipe_is_planned_and_checked_without_a_network(
     assert ("finetune-llm" in names) == is_of_a_paper
     assert ("extract teacher" in names) == (file == PROCLIP)
     assert ("evaluate" in names) == bool(config.eval_datasets) == is_of_a_paper
-    for tower in {config.vision_model, config.text_model}:  # as if they were downloaded
+    towers = {*list_vision_sources(config.vision_model), config.text_model}
+    for tower in towers:  # as if they were downloaded
         folder = repo_folder_name(repo_id=tower, repo_type="model")
         (tmp_path / "cache" / folder / "snapshots").mkdir(parents=True)
     for dataset in config.eval_datasets:

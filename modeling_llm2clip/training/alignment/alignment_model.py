@@ -23,6 +23,7 @@ from ...encoding.pixel_normalization import PixelNormalization
 from ...model_folders.model_loading import PartialModel
 from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...processing_llm2clip import LLM2CLIPProcessor
+from ...vision_llm2clip import list_towers
 from ..losses.loss import Loss, LossInputs
 from ..run_folder import list_trained
 from ..trainer_mixins import (
@@ -227,7 +228,7 @@ def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str
     if config.vision_training == "full":
         model.vision_model.float().requires_grad_(True)
         if config.layer_decay < 1:
-            find_layers(model.vision_model)
+            [*map(find_layers, list_towers(model.vision_model))]
     elif config.vision_training == "lora":
         adapted["vision_model"] = _add_lora(
             model.vision_model,
@@ -332,6 +333,9 @@ def scale_by_layer(tower: nn.Module, decay: float) -> dict[str, float]:
     Parameters before the layers (patch and position embeddings) learn slowest, and parameters after
     the layers learn at the full rate. Of L layers, layer i (from 0) gets `decay ** (L - i)`.
     """
+    if len(towers := list_towers(tower)) > 1:
+        joined = enumerate(scale_by_layer(each, decay) for each in towers)
+        return {f"towers.{i}.{name}": factor for i, each in joined for name, factor in each.items()}
     names = [name for name, _ in tower.named_parameters()]
     if decay == 1:
         return dict.fromkeys(names, 1.0)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from aligning import SHORT_RUN, TOWERS, Prepared, Run, skip_where_transformers_renames, weights_of
 from shared_models import every_vision
-from tiny import VISION_FAMILIES, draw_noise, tiny_images, tiny_model
+from tiny import JOINED, VISION_FAMILIES, draw_noise, tiny_images, tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.configs.align_config import AlignConfig
@@ -144,7 +144,8 @@ def test_only_a_gpu_rounds_towers_and_no_trained_one(
 # Each family in one way, and some in both.
 TRAINED = [
     *zip(VISION_FAMILIES, cycle(("lora", "full")), strict=False),
-    ("clip", "full"), ("siglip", "lora"), ("timm-siglip", "full"),
+    ("clip", "full"), ("siglip", "lora"), ("timm-siglip", "full"), (JOINED, "full"),
+    (JOINED, "lora"),
 ]  # fmt: skip
 
 
@@ -230,17 +231,19 @@ def test_the_temperature_is_clamped_after_each_step(prepared: Prepared, tmp_path
 @every_vision
 def test_lower_layers_learn_slower_and_only_matrices_decay(vision: str) -> None:
     tower = tiny_model(vision)[0].vision_model
-    scales = scale_by_layer(tower, 0.5)
-    assert set(scales) == {name for name, _ in tower.named_parameters()}
-    first = {scale for name, scale in scales.items() if "patch_embed" in name}
-    assert first == {min(scales.values())}
-    by_layer: dict[int, set[float]] = {}
-    for name, scale in scales.items():
-        if found := re.search(r"(?:blocks|layers?)\.(\d+)\.", name):
-            by_layer.setdefault(int(found[1]), set()).add(scale)
-    num_layers = len(by_layer)
-    assert by_layer == {i: {0.5 ** (num_layers - i)} for i in range(num_layers)}
-    assert min(scales.values()) == 0.5 ** (num_layers + 1)
+    every = scale_by_layer(tower, 0.5)
+    assert set(every) == {name for name, _ in tower.named_parameters()}
+    for prefix in ("towers.0.", "towers.1.") if "+" in vision else ("",):
+        scales = {name: scale for name, scale in every.items() if name.startswith(prefix)}
+        first = {scale for name, scale in scales.items() if "patch_embed" in name}
+        assert first == {min(scales.values())}
+        by_layer: dict[int, set[float]] = {}
+        for name, scale in scales.items():
+            if found := re.search(r"(?:blocks|layers?)\.(\d+)\.", name):
+                by_layer.setdefault(int(found[1]), set()).add(scale)
+        num_layers = len(by_layer)
+        assert by_layer == {i: {0.5 ** (num_layers - i)} for i in range(num_layers)}
+        assert min(scales.values()) == 0.5 ** (num_layers + 1)
     assert set(scale_by_layer(tower, 1.0).values()) == {1.0}
 
 

@@ -1,0 +1,140 @@
+"""Several vision towers as one: it embeds like each of them, and everything else sees one tower."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from aligning import SHORT_RUN, EndAfter, names_that_differ, prepare
+from PIL import Image
+from tiny import JOINED, draw_noise, tiny_dual_encoder, tiny_llm, tiny_tokenizer, tiny_vision
+from tiny_folders import save_tiny_llm
+from transformers import AutoModel, CLIPImageProcessorPil
+
+from modeling_llm2clip import check_model
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.building.vision_towers import join_vision_towers
+from modeling_llm2clip.configs.build_config import BuildConfig
+from modeling_llm2clip.configuration_llm2clip import LLM2CLIPConfig
+from modeling_llm2clip.model_folders.fingerprint import fingerprint_vision
+
+CONFIG = BuildConfig(prompt="llama-3", max_text_length=32)
+KEPT_RATIO: dict[str, Any] = {"size": {"shortest_edge": 32}, "do_center_crop": False}
+
+
+def save_towers(folder: Path, *families: str) -> str:
+    """Save towers like Hub repositories, and join their folders by "+"."""
+    for family in families:
+        for part in tiny_vision(family):
+            part.save_pretrained(folder / family)
+    return "+".join(str(folder / family) for family in families)
+
+
+def render_smooth(side: int) -> Image.Image:
+    return draw_noise(4, 4).resize((side, side), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(("other", "most"), [("timm", 2e-6), ("timm-small", 0.04)])
+@pytest.mark.parametrize("pooling", ["pooler", "cls", "patch_mean"])
+def test_an_image_embedding_is_the_towers_embeddings_side_by_side(
+    other: str, most: float, pooling: Any
+) -> None:
+    """Up to the rounding of a resized image: the other tower has another normalization."""
+    towers = [tiny_vision("clip"), tiny_vision(other)]
+    config = BuildConfig(prompt="llama-3", max_text_length=32, vision_pooling=pooling)
+    text = (tiny_llm(vocabulary_size=len(tiny_tokenizer())), tiny_tokenizer())
+    model, processor = join_towers([*towers], text, config)
+    pixels = processor(images=[render_smooth(32)])["pixel_values"]
+    seen: list[torch.Tensor] = []
+    for tower in model.vision_model.towers:
+        tower.register_forward_pre_hook(
+            lambda _, __, inputs: seen.append(inputs["pixel_values"]), with_kwargs=True
+        )
+    embeds, apart = model.get_vision_embeds(pixels), []
+    for (tower, image_processor), own_pixels in zip(towers, [*seen], strict=True):
+        single, own_processor = join_towers((tower, image_processor), text, config)
+        wanted = own_processor(images=[render_smooth(32)])["pixel_values"]
+        torch.testing.assert_close(own_pixels, wanted, atol=most, rtol=0)
+        apart.append(single.get_vision_embeds(own_pixels))
+    assert torch.equal(embeds, torch.cat(apart, dim=-1))
+    assert model.config.vision_width == sum(part.shape[1] for part in apart)
+
+
+def test_towers_are_joined_by_one_command_into_a_healthy_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vision, llm = save_towers(tmp_path, "timm-small", "dinov2"), save_tiny_llm(tmp_path / "llm")
+    folder = tmp_path / "base"
+    command = ["build", vision, str(llm), str(folder), "--prompt", "llama-3"]
+    assert main([*command, "--max-text-length", "32", "--device", "cpu"]) == 0
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert [tower["model_type"] for tower in config["vision_config"]["towers"]] == [
+        "timm_wrapper", "dinov2",
+    ]  # fmt: skip
+    assert (config["vision_config"]["image_sizes"], config["format_version"]) == ([16, 32], 2)
+    assert check_model(folder, device="cpu").healthy
+    before = fingerprint_vision(folder)
+    config["vision_config"]["towers"][0]["dtype"] = "bfloat16"  # of no consequence
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert fingerprint_vision(folder) == before
+    monkeypatch.setattr(sys.modules[LLM2CLIPConfig.__module__], "FORMAT_VERSION", 1)
+    with pytest.raises(ValueError, match=r"format_version=2.*Upgrade modeling_llm2clip"):
+        LLM2CLIPConfig.from_pretrained(folder)
+
+
+def test_every_tower_is_loaded_in_the_dtype_and_with_the_attention_that_were_asked(
+    tmp_path: Path,
+) -> None:
+    folder = prepare(tmp_path, vision="clip+dinov2", has_stores=False).model
+    model = AutoModel.from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation="eager", device_map={"": "cpu"}
+    )
+    for tower in model.vision_model.towers:
+        assert (tower.dtype, tower.config._attn_implementation) == (torch.bfloat16, "eager")
+    embeds = model.get_vision_embeds(torch.rand(2, 3, 32, 32))
+    assert embeds.dtype == torch.float32 and embeds.shape == (2, 64)
+
+
+@pytest.mark.parametrize("family", ["siglip2", "clip of any shape", "cls"])
+def test_what_cannot_be_joined_is_refused_by_name(family: str) -> None:
+    text = (tiny_llm(vocabulary_size=len(tiny_tokenizer())), tiny_tokenizer())
+    if family == "cls":  # SigLIP has no class token
+        towers = [tiny_vision("clip"), tiny_vision("siglip")]
+        with pytest.raises(ValueError, match=r"vision_pooling='cls'.* has no class token"):
+            join_towers([*towers], text, BuildConfig(prompt="llama-3", vision_pooling="cls"))
+        return
+    tower, image_processor = tiny_vision(family.split()[0])
+    if family != "siglip2":
+        image_processor = CLIPImageProcessorPil(**KEPT_RATIO)
+    tower.config._name_or_path = "owner/name"
+    with pytest.raises(ValueError, match=r"owner/name cannot be joined.*fixed image size"):
+        join_vision_towers([tiny_vision("dinov2"), (tower, image_processor)])
+
+
+def test_only_one_dual_encoder_can_keep_its_projection(tmp_path: Path) -> None:
+    for part in tiny_dual_encoder("clip"):
+        part.save_pretrained(tmp_path / "clip")
+    vision = f"{tmp_path / 'clip'}+{save_towers(tmp_path, 'dinov2')}"
+    config = BuildConfig(prompt="llama-3", keep_projection=True)
+    with pytest.raises(ValueError, match=r"keep_projection .* of one dual encoder, not of 2"):
+        join_towers(vision, save_tiny_llm(tmp_path / "llm"), config)
+
+
+@pytest.mark.parametrize("training", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+def test_training_joined_towers_resumes_identically(training: Any, tmp_path: Path) -> None:
+    prepared = prepare(tmp_path, vision=JOINED)
+    options: dict[str, Any] = {**SHORT_RUN, "vision_training": training}
+    options["gradient_checkpointing"] = True
+    whole = prepared.align(tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        prepared.align(tmp_path / "run", callbacks=[EndAfter(3)], **options)
+    resumed = prepared.align(tmp_path / "run", resume=True, **options)
+    assert not names_that_differ(resumed.model, whole.model)
+    changed = names_that_differ(prepared.model, whole.model)
+    for number in (0, 1):
+        assert any(name.startswith(f"vision_model.towers.{number}.") for name in changed)
