@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
     if device.type != "cpu":
         return device.type == "cuda" and has_bfloat16(device)
-    has = getattr(torch.cpu, "get_capabilities", dict)()
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     is_amd = has.get("sse4a", False)  # only AMD CPUs have this extension
     is_fast = has.get("amx_bf16", False) or (has.get("avx512_bf16", False) and is_amd)
     return is_fast and not os.environ.get("ONEDNN_MAX_CPU_ISA")
