@@ -11,6 +11,8 @@ from torch import nn
 
 from ..vision_llm2clip import list_towers
 
+_MAX_GRAPHS = 64  # for modes, precisions, towers and absent masks, not for lengths
+
 
 def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile the layers of a model's towers in place, for inputs of any length.
@@ -26,6 +28,10 @@ def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "ind
     Raises:
         ValueError: A tower has no list of layers with a known name.
     """
+    from torch._dynamo import config  # slow to import
+
+    # Layers of all towers in transformers share one forward, so torch counts their graphs together.
+    config.cache_size_limit = max(config.cache_size_limit, _MAX_GRAPHS)
     towers = [getattr(model, name, None) for name in ("text_model", "vision_model")]
     # The placeholder of a tower that does not run is empty.
     running = [tower for tower in towers if tower is not None and [*tower.children()]]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from shared_models import ROUNDING
 from tiny import draw_noise, tiny_model
 from tiny_folders import export_tiny_model
+from torch._dynamo import config as dynamo_config
 from torch._dynamo import lookup_backend
 from tuning import RECORDS, SHORT, tune
 
@@ -203,6 +204,21 @@ def test_a_compiled_step_has_the_loss_and_gradients_of_a_plain_one(
 @pytest.mark.skipif(shutil.which("g++") is None, reason="kernels for a CPU need a compiler")
 def test_kernels_of_a_training_step_have_the_gradients_of_plain_layers() -> None:
     require_plain_gradients("llama", "inductor", {"recomputes": True})
+
+
+def test_towers_of_one_library_do_not_use_up_the_graphs_that_torch_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a layer would silently run plain: transformers' layers share one forward method."""
+    model, _ = tiny_model()
+    pixels = torch.rand(2, 3, 32, 32)
+    monkeypatch.setattr(dynamo_config, "recompile_limit", 2)
+    monkeypatch.setattr(dynamo_config, "fail_on_recompile_limit_hit", True)
+    compile_layers(model, backend="eager")
+    for trains in (False, True):
+        for in_bfloat16 in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+                model.train(trains).get_vision_embeds(pixels)
 
 
 @pytest.mark.slow
