@@ -12,7 +12,6 @@ from modeling_llm2clip.evaluation.metrics import scores as metrics
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import Ranking, rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import (
-    mean_of_means_with_interval,
     mean_with_interval,
     recalls_at,
     summarize,
@@ -86,25 +85,6 @@ def test_an_interval_is_that_of_a_loop_over_resampled_clusters(monkeypatch):
     wanted = torch.tensor(means).quantile(torch.tensor([0.1, 0.9])).tolist()
     # The 27 possible means are far apart, so quantiles of 4,000 samples are the same ones.
     assert [interval["low"], interval["high"]] == pytest.approx(wanted, abs=1e-6)
-
-
-@pytest.mark.slow
-def test_an_interval_does_not_depend_on_how_many_clusters_are_sampled_at_a_time(monkeypatch):
-    hits = (torch.rand(90, generator=generator(7)) < 0.4).double()
-    clusters = torch.randint(50, (90,), generator=generator(8))
-    some = (hits[:9], clusters[:9])
-
-    def compute():
-        return (
-            mean_with_interval(hits),
-            mean_with_interval(hits, clusters=clusters),
-            mean_of_means_with_interval([(hits, clusters), some]),
-        )
-
-    whole = compute()
-    for at_a_time in (7, 120):
-        monkeypatch.setattr(metrics, "_CLUSTERS_AT_A_TIME", at_a_time)
-        assert compute() == whole
 
 
 def test_an_interval_covers_what_the_central_limit_says():
