@@ -12,9 +12,8 @@ no GPU has measured them.
 | 60 million images | LLM2CLIP, arXiv:2411.04997, section 4 |
 | weights, tokens, width and layers of a tower | its architecture |
 | images per second of a tower | those of L/14-336, by operations: products, and attention |
-| 30 and 110 tokens of a short and a long caption with prompt | assumed |
 | CPU time to prepare an image | `results/gpu_proxies.json`, of 640 x 480 pixels |
-| 128 cores in a machine of 8 GPUs | assumed, as clouds rent them |
+| tokens of captions, bytes of stored ones, cores of a machine | those of `scale_plan.py` |
 """
 
 from __future__ import annotations
@@ -24,6 +23,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.gpu.goals import FINETUNE_TOKENS, TOKENS, TOWER_IMAGES
+from benchmarks.scale.scale_plan import (
+    CAPTION_TOKENS,
+    CHECKSUM_BYTES,
+    CORES_PER_MACHINE,
+    NUMBER_BYTES,
+)
 from modeling_llm2clip.configs.config_fields import read_config
 from modeling_llm2clip.configs.train_config import TrainConfig
 
@@ -31,10 +36,8 @@ _ROOT = Path(__file__).parents[2]
 _FOLDER = _ROOT / "examples" / "recipes" / "paper"
 _RESULTS = _ROOT / "benchmarks" / "results"
 OUTPUT = _RESULTS / "scale_paper.json"
-_GPUS, _CORES = 8, 128
+_GPUS = 8  # of one machine
 _IMAGES = {"3m": 2_873_538, "15m": 12_873_763, "60m": 60_000_000}
-_CAPTION_TOKENS = (30, 110)
-_CHECKSUM_BYTES, _NUMBER_BYTES = 8, 2
 _LLMS = {
     "meta-llama/Llama-3.1-8B-Instruct": ("8B", 4096),
     "meta-llama/Llama-3.2-1B-Instruct": ("1B", 2048),
@@ -79,7 +82,7 @@ def plan_runs() -> dict[str, dict[str, Any]]:
     """Compute images, GPU hours by stage, hours on 8 GPUs and disk of every run of the paper."""
     proxies = json.loads((_RESULTS / "gpu_proxies.json").read_text("utf-8"))
     of_cores = proxies["after"]["cpu_ms"]["prepare 16 images of 640 x 480 for 336 pixels"]
-    decoded_per_second = _CORES * 16 / of_cores * 1e3
+    decoded_per_second = CORES_PER_MACHINE * 16 / of_cores * 1e3
     return {
         file.stem: _plan_run(read_config(file, TrainConfig), decoded_per_second)
         for file in sorted(_FOLDER.glob("*.yaml"))
@@ -92,14 +95,14 @@ def _plan_run(config: TrainConfig, decoded_per_second: float) -> dict[str, Any]:
     assert finetune is not None and finetune.max_steps and align.num_train_epochs
     num_images, tower = _IMAGES[Path(config.data).stem], _TOWERS[config.vision_model]
     pairs = finetune.max_steps * finetune.per_device_train_batch_size * _GPUS
-    tuned = pairs * sum(_CAPTION_TOKENS) / FINETUNE_TOKENS[llm[0]][finetune.gradient_checkpointing]
-    extracted = num_images * sum(_CAPTION_TOKENS) / TOKENS[llm[0]][0]
+    tuned = pairs * sum(CAPTION_TOKENS) / FINETUNE_TOKENS[llm[0]][finetune.gradient_checkpointing]
+    extracted = num_images * sum(CAPTION_TOKENS) / TOKENS[llm[0]][0]
     slowdown = tower.operations / _MEASURED.operations
     trained = align.num_train_epochs * num_images * slowdown
     trained /= TOWER_IMAGES[align.gradient_checkpointing]
     decoded = align.num_train_epochs * num_images / decoded_per_second * _GPUS
     seconds = {"finetune": tuned, "extract": extracted, "align": max(trained, decoded)}
-    stored = len(_CAPTION_TOKENS) * (llm[1] * _NUMBER_BYTES + _CHECKSUM_BYTES)
+    stored = len(CAPTION_TOKENS) * (llm[1] * NUMBER_BYTES + CHECKSUM_BYTES)
     return {
         "images": num_images,
         "gpu_hours": {stage: round(value / 3600, 1) for stage, value in seconds.items()},

@@ -12,7 +12,7 @@ number of cores; work on disks and networks, which differ, is left to the reader
 | tokens, images and steps a second of one GPU, in bfloat16 | derived: `benchmarks/gpu/goals.py` |
 | a trained tower takes four times a forward pass | derived: backward twice, and forward again |
 | 16 GPUs are 16 times as fast as one | assumed |
-| 30 and 110 tokens of a short and a long caption with prompt | assumed, as in `scale_paper.py` |
+| 30 and 110 tokens of a short and a long caption with prompt | assumed |
 | 10,000 steps of 2,048 pairs of fine-tuning | assumed: one epoch over 20 million of the pairs |
 | 128 cores in a machine of 8 GPUs | assumed, as clouds rent them |
 | 3 dollars for an hour of an H100 | assumed; multiply the hours by your own price |
@@ -27,13 +27,13 @@ from benchmarks.gpu.goals import ALIGN_STEPS, FINETUNE_TOKENS, IMAGES, TOKENS
 
 _IMAGES = 60_000_000
 _GPUS, _MACHINES = 16, 2
-_CORES = 128 * _MACHINES
+CORES_PER_MACHINE = 128  # of 8 GPUs
 _DOLLARS_PER_GPU_HOUR = 3
 _LLM, _LLM_WIDTH, _TOWER_WIDTH = "8B", 4096, 1024
-_CAPTION_TOKENS = (30, 110)
+CAPTION_TOKENS = (30, 110)
 _EPOCHS, _BATCH, _FINETUNING_STEPS, _FINETUNING_BATCH = 4, 4096, 10_000, 2048
 _TRAINED = 4  # a forward pass, backward for inputs and weights, and the recomputed forward pass
-_CHECKSUM_BYTES, _NUMBER_BYTES = 8, 2
+CHECKSUM_BYTES, NUMBER_BYTES = 8, 2
 # Take the place of most of align, where the tower is frozen.
 _FROZEN = ("extract images, of a frozen tower", "align, of a frozen tower")
 
@@ -66,11 +66,11 @@ def plan(recorded: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plan_disk(recorded: dict[str, Any]) -> dict[str, int]:
-    captions = _IMAGES * len(_CAPTION_TOKENS)
+    captions = _IMAGES * len(CAPTION_TOKENS)
     sizes = {
         "index": _IMAGES * recorded["records"]["file_bytes_per_record"],
-        "caption_store": captions * (_LLM_WIDTH * _NUMBER_BYTES + _CHECKSUM_BYTES),
-        "image_store": _IMAGES * (_TOWER_WIDTH * _NUMBER_BYTES + _CHECKSUM_BYTES),
+        "caption_store": captions * (_LLM_WIDTH * NUMBER_BYTES + CHECKSUM_BYTES),
+        "image_store": _IMAGES * (_TOWER_WIDTH * NUMBER_BYTES + CHECKSUM_BYTES),
     }
     return {name: round(size / 1e9) for name, size in sizes.items()}
 
@@ -88,16 +88,22 @@ def _plan_memory(recorded: dict[str, Any]) -> dict[str, float]:
 
 def _plan_stages(recorded: dict[str, Any]) -> dict[str, dict[str, Any]]:
     streams, records = recorded["streams"], recorded["records"]
-    decode_hours = _IMAGES / streams["files_decoded_per_s"] / 3600 * streams["cores"] / _CORES
-    caption_tokens = _IMAGES * sum(_CAPTION_TOKENS)
-    tuned_tokens = _FINETUNING_STEPS * _FINETUNING_BATCH * sum(_CAPTION_TOKENS)
+    decode_hours = (
+        _IMAGES
+        / streams["files_decoded_per_s"]
+        / 3600
+        * streams["cores"]
+        / (CORES_PER_MACHINE * _MACHINES)
+    )
+    caption_tokens = _IMAGES * sum(CAPTION_TOKENS)
+    tuned_tokens = _FINETUNING_STEPS * _FINETUNING_BATCH * sum(CAPTION_TOKENS)
     extracted, aligned = _FROZEN
     return {
         "index": {
             "hours": round(_IMAGES / records["index_records_per_second"] / 3600, 2),
             "bound_by": f"the {records['cores']} cores it was measured on",
         },
-        "finetune-llm": _describe(tuned_tokens / FINETUNE_TOKENS[_LLM]),
+        "finetune-llm": _describe(tuned_tokens / FINETUNE_TOKENS[_LLM][0]),
         "extract captions": _describe(caption_tokens / TOKENS[_LLM][0]),
         extracted: _describe(_IMAGES / IMAGES, decode_hours=decode_hours),
         aligned: _describe(_EPOCHS * _IMAGES / _BATCH / ALIGN_STEPS[_LLM, _BATCH]),
@@ -121,4 +127,4 @@ def _describe(gpu_seconds: float, *, decode_hours: float = 0.0) -> dict[str, Any
 
 def _rate_of_stores(hours: float) -> float:
     """Gigabytes per second that all processes together read of the captions in `align`."""
-    return _IMAGES * _EPOCHS * _LLM_WIDTH * _NUMBER_BYTES / (hours * 3600) / 1e9
+    return _IMAGES * _EPOCHS * _LLM_WIDTH * NUMBER_BYTES / (hours * 3600) / 1e9

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.scale import scale_paper, scale_store, scale_streams
+from benchmarks.scale import scale_paper, scale_plan, scale_store, scale_streams
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 
 
@@ -45,6 +45,11 @@ def test_small_measures_have_every_number(tmp_path: Path) -> None:
     assert streams.pop("images") == 12 and len(streams) == 4
     numbers = [number for row in parquet.values() for number in row.values()]
     assert all(number > 0 for number in (*numbers, *streams.values()))
+
+
+def test_the_recorded_plan_follows_from_the_recorded_measurements() -> None:
+    recorded = json.loads(scale_paper.OUTPUT.with_name("scale.json").read_text("utf-8"))
+    assert recorded["plan"] == scale_plan.plan(recorded)
 
 
 def test_the_recorded_hours_of_the_paper_are_those_of_its_recipes() -> None:
