@@ -55,7 +55,7 @@ from .packing_llm2clip import (
     splits_batches,
     text_forward_lock,
 )
-from .vision_llm2clip import check_pixels, choose_interpolation, list_towers, pool_vision
+from .vision_llm2clip import check_pixels, choose_interpolation, pool_inside, pool_vision
 
 if TYPE_CHECKING:
     # Some versions of transformers only copy the files that the loaded file itself imports. That
@@ -439,9 +439,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         extra: dict[str, Any] = {
             "pixel_attention_mask": pixel_attention_mask,
             "spatial_shapes": spatial_shapes,
-            "pooling": self.config.vision_pooling
-            if len(list_towers(self.vision_model)) > 1
-            else None,
+            **pool_inside(self.vision_model, self.config.vision_pooling),
             **choose_interpolation(
                 self.vision_model, pixel_values, interpolate=interpolate_pos_encoding
             ),

@@ -89,9 +89,14 @@ def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
     return JoinedVisionModel(config) if hasattr(config, "towers") else build_tower(config)  # type: ignore[arg-type]
 
 
-def list_towers(vision_model: nn.Module) -> list[Any]:
-    """List the towers that a vision tower consists of: itself, or those that were joined."""
-    return list(getattr(vision_model, "towers", [vision_model]))
+def list_towers(vision: nn.Module | PreTrainedConfig) -> list[Any]:
+    """List the towers of a vision tower, or their configurations: itself, or those joined."""
+    return list(getattr(vision, "towers", [vision]))
+
+
+def pool_inside(vision_model: nn.Module, pooling: str) -> dict[str, str]:
+    """Return the argument by which joined towers pool; others are pooled afterwards."""
+    return {"pooling": pooling} if hasattr(vision_model, "towers") else {}
 
 
 def check_pixels(vision_model: nn.Module, pixel_values: Tensor) -> None:

@@ -30,6 +30,7 @@ from ..vision_llm2clip import (
     find_fixed_size,
     find_patch_size,
     find_width,
+    pool_inside,
     pool_vision,
     require_restored_buffers,
 )
@@ -104,8 +105,7 @@ def measure_vision_width(
     images = images.to(vision_model.device)
     images["pixel_values"] = images["pixel_values"].to(vision_model.dtype)
     with _naming_failure(vision_model.config):
-        pooled_inside = {"pooling": pooling} if hasattr(vision_model, "towers") else {}
-        output = vision_model(**images, **pooled_inside)
+        output = vision_model(**images, **pool_inside(vision_model, pooling))
         output.last_hidden_state  # noqa: B018  # a backbone has none
     pooled = pool_vision(
         output,

@@ -44,6 +44,7 @@ from ..model_folders.model_loading import CLASS_OF_COMPONENTS, MODEL_CLASSES, fi
 from ..model_folders.model_writing import find_carried_files, save_model
 from ..modeling_llm2clip import LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from ..vision_llm2clip import list_towers
 from .onnx_export import export_onnx
 
 _VISION_TOWER_CARD = """
@@ -160,7 +161,7 @@ def render_hosting_files(config: ExportConfig, model_config: LLM2CLIPConfig) -> 
     """
     if not config.handler:
         return {}
-    towers = getattr(model_config.vision_config, "towers", [model_config.vision_config])
+    towers = list_towers(model_config.vision_config)
     is_timm = any(getattr(tower, "model_type", None) == "timm_wrapper" for tower in towers)
     packages = sorted([*_NEEDED_PACKAGES, *(["timm"] if is_timm else [])])
     return {

@@ -228,7 +228,8 @@ def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str
     if config.vision_training == "full":
         model.vision_model.float().requires_grad_(True)
         if config.layer_decay < 1:
-            [*map(find_layers, list_towers(model.vision_model))]
+            for tower in list_towers(model.vision_model):
+                find_layers(tower)  # or raise before training
     elif config.vision_training == "lora":
         adapted["vision_model"] = _add_lora(
             model.vision_model,
