@@ -12,13 +12,14 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..._suggestions import counted
 from ..key_arrays import Array, contains_keys, sort_rows
-from ..records.record_columns import locate_captions
+from ..records.record_columns import count_items, hash_text, locate_captions
 from ..records.record_table import RecordTable
 from ..records.records import CaptionedImage
 
 _ROWS_AT_ONCE = 2**13
 _ERRORS_SHOWN = 5
-_COLUMNS = ("group_key", "captions", "long_captions", "text_keys", "group_id")
+_KEY_COLUMNS = ("group_key", "text_keys")
+_COLUMNS = (*_KEY_COLUMNS, "captions", "long_captions", "group_id")
 _WITHOUT_PAIRS = (
     "Without second captions, skip fine-tuning: build the model from an LLM that is already "
     "fine-tuned (a released one, or its LoRA with llm2clip build --lora), or continue with "
@@ -74,6 +75,7 @@ class CaptionGroups(Iterable[CaptionGroup]):
         num_groups: Number of groups.
         num_pairs: Number of pairs when every caption is used once. In a group with an odd number of
             captions, the last caption is paired with one that is already used.
+        num_texts: Number of captions.
         chosen: (groups of at least two captions,) bool, which groups to use; None for all.
         left_out: Ascending keys of captions to leave out, along with every group that then has
             fewer than two.
@@ -82,6 +84,7 @@ class CaptionGroups(Iterable[CaptionGroup]):
     records: RecordTable
     num_groups: int
     num_pairs: int
+    num_texts: int
     _: KW_ONLY
     chosen: Array | None = None
     left_out: Array | None = None
@@ -100,30 +103,39 @@ class CaptionGroups(Iterable[CaptionGroup]):
 
     def iterate_batches(self) -> Iterator[GroupBatch]:
         """Yield the groups in batches, ordered by their first records."""
-        number = 0
-        for batch in iterate_whole_groups(self.records):
-            group, keys, positions = list_distinct_texts(batch)
-            group, keys, positions = _select(_is_of_several(group), group, keys, positions)
-            if self.chosen is not None and len(group):
-                numbers = number + np.cumsum(_mark_starts(group)) - 1  # without gaps
-                number = int(numbers[-1]) + 1
-                group, keys, positions = _select(self.chosen[numbers], group, keys, positions)
-            if self.left_out is not None:
-                group, keys, positions = _select(
-                    ~contains_keys(self.left_out, keys), group, keys, positions
-                )
-                group, keys, positions = _select(_is_of_several(group), group, keys, positions)
-            if not len(group):
-                continue
+        for batch, group, keys, numbers in self._iterate_texts(_COLUMNS):
             starts = _find_starts(group)
             first = pa.array(_find_starts(np.asarray(batch.column(0))))
             yield GroupBatch(
                 counts=np.diff(starts, append=len(group)),
                 keys=keys,
                 group_ids=batch.column("group_id").take(first).take(pa.array(group[starts])),
-                positions=positions,
+                positions=locate_captions(batch)[1][numbers],
                 texts=(batch.column("captions").flatten(), batch.column("long_captions").flatten()),
             )
+
+    def iterate_keys(self) -> Iterator[tuple[Array, Array]]:
+        """Yield `counts` and `keys` of each `GroupBatch` without reading any text."""
+        for _, group, keys, _ in self._iterate_texts(_KEY_COLUMNS):
+            yield np.diff(_find_starts(group), append=len(group)), keys
+
+    def _iterate_texts(
+        self, columns: Sequence[str]
+    ) -> Iterator[tuple[pa.RecordBatch, Array, Array, Array]]:
+        """Yield batches of complete groups, and the texts to use as in `list_distinct_texts`."""
+        number = 0
+        for batch in iterate_whole_groups(self.records, columns):
+            texts = list_distinct_texts(batch)
+            texts = _select(_is_of_several(texts[0]), *texts)
+            if self.chosen is not None and len(texts[0]):
+                numbers = number + np.cumsum(_mark_starts(texts[0])) - 1  # without gaps
+                number = int(numbers[-1]) + 1
+                texts = _select(self.chosen[numbers], *texts)
+            if self.left_out is not None:
+                texts = _select(~contains_keys(self.left_out, texts[1]), *texts)
+                texts = _select(_is_of_several(texts[0]), *texts)
+            if len(texts[0]):
+                yield batch, *texts
 
     def hold_out(self, count: int, *, seed: int) -> tuple[CaptionGroups, list[CaptionGroup], int]:
         """Hold out random groups, and leave their captions out of training.
@@ -140,23 +152,20 @@ class CaptionGroups(Iterable[CaptionGroup]):
             )
         chosen = np.zeros(len(self), np.bool_)
         chosen[_shuffle(len(self), seed)[:count]] = True
-        test = CaptionGroups(self.records, count, 0, chosen=chosen)
-        keys = np.unique(np.concatenate([batch.keys for batch in test.iterate_batches()]))
-        others = CaptionGroups(self.records, 0, 0, chosen=~chosen)
-        num_texts = sum(len(batch.keys) for batch in others.iterate_batches())
-        num_groups, num_pairs = 0, 0
-        train = CaptionGroups(self.records, 0, 0, chosen=~chosen, left_out=keys)
-        for batch in train.iterate_batches():
-            num_groups += len(batch.counts)
-            num_pairs += int(((batch.counts + 1) // 2).sum())
-            num_texts -= len(batch.keys)
-        train.num_groups, train.num_pairs = num_groups, num_pairs
-        if num_groups < 2:
+        test = list(CaptionGroups(self.records, count, 0, 0, chosen=chosen))
+        keys = np.unique([hash_text(text) for group in test for text in group.captions])
+        train = CaptionGroups(self.records, 0, 0, 0, chosen=~chosen, left_out=keys)
+        for counts, texts in train.iterate_keys():
+            train.num_groups += len(counts)
+            train.num_pairs += int(((counts + 1) // 2).sum())
+            train.num_texts += len(texts)
+        if len(train) < 2:
             raise ValueError(
                 "Almost every training caption also belongs to a held-out image. Add images, or "
                 "give images of the same thing the same group_id."
             )
-        return train, list(test), num_texts
+        num_held_out = sum(len(group.captions) for group in test)
+        return train, test, self.num_texts - num_held_out - train.num_texts
 
 
 def group_captions(records: Sequence[CaptionedImage]) -> CaptionGroups:
@@ -185,12 +194,12 @@ def skip_single_captions(records: Sequence[CaptionedImage]) -> tuple[CaptionGrou
     return groups, num_single
 
 
-def iterate_whole_groups(records: RecordTable) -> Iterator[pa.RecordBatch]:
-    """Yield `_COLUMNS` in batches of complete groups."""
+def iterate_whole_groups(records: RecordTable, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yield columns, the first of which is `group_key`, in batches of complete groups."""
     rest: pa.RecordBatch | None = None
     slices = (
         batch.slice(start, _ROWS_AT_ONCE)
-        for batch in records.iterate_columns(_COLUMNS)
+        for batch in records.iterate_columns(columns)
         for start in range(0, batch.num_rows, _ROWS_AT_ONCE)
     )
     for batch in slices:
@@ -208,17 +217,17 @@ def iterate_whole_groups(records: RecordTable) -> Iterator[pa.RecordBatch]:
 def list_distinct_texts(batch: pa.RecordBatch) -> tuple[Array, Array, Array]:
     """List the texts of a batch in record order, without repeats within a group.
 
-    Returns three arrays (T,): the group numbers within the batch, and the keys and positions as in
-    `GroupBatch`.
+    Returns three arrays (T,): the group numbers within the batch, the keys, and the numbers of the
+    texts among all texts of the batch.
     """
-    row, positions = locate_captions(batch)
-    group = (np.cumsum(_mark_starts(np.asarray(batch.column(0)))) - 1)[row]
-    keys = np.asarray(batch.column("text_keys").flatten())
+    texts = batch.column("text_keys")
+    group = np.cumsum(_mark_starts(np.asarray(batch.column(0)))) - 1
+    group, keys = np.repeat(group, count_items(texts)), np.asarray(texts.flatten())
     order = np.lexsort((keys, group))  # stable: the first of equal texts comes first
     repeats = (group[order][1:] == group[order][:-1]) & (keys[order][1:] == keys[order][:-1])
     is_first = np.ones(len(keys), np.bool_)
     is_first[order[1:][repeats]] = False
-    return group[is_first], keys[is_first], positions[is_first]
+    return group[is_first], keys[is_first], np.flatnonzero(is_first)
 
 
 def count_groups(data: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int, list[str]]:
@@ -227,20 +236,21 @@ def count_groups(data: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int, li
     first = records.find_first_rows("group_key")
     if (first[1:] < first[:-1]).any():  # make each group contiguous
         records = records.select(sort_rows(first))
-    num_groups, num_pairs, num_single, start = 0, 0, 0, 0
+    num_groups, num_pairs, num_texts, num_single, start = 0, 0, 0, 0, 0
     shown: list[str] = []
-    for batch in iterate_whole_groups(records):
+    for batch in iterate_whole_groups(records, _KEY_COLUMNS):
         rows = _find_starts(np.asarray(batch.column(0)))
         counts = np.bincount(list_distinct_texts(batch)[0], minlength=len(rows))
         single = (counts < 2).nonzero()[0]
         num_single += len(single)
         num_groups += len(counts) - len(single)
         num_pairs += int(((counts[counts > 1] + 1) // 2).sum())
+        num_texts += int(counts[counts > 1].sum())
         for row in rows[single[: _ERRORS_SHOWN - len(shown)]].tolist():
             record = records[start + row]
             shown.append(f"{record.group_id} ({record.place})")
         start += batch.num_rows
-    return CaptionGroups(records, num_groups, num_pairs), num_single, shown
+    return CaptionGroups(records, num_groups, num_pairs, num_texts), num_single, shown
 
 
 def _shuffle(number: int, seed: int) -> Array:
