@@ -84,15 +84,15 @@ def main() -> None:
     lora = finetune_llm((model, processor), records, output, config, resume=arguments.resume)
     results = read_results(output)
     cra = {
-        "causal": _measure_untuned(held_out, bidirectional=False),
-        "bidirectional": _measure_untuned(held_out, bidirectional=True),
+        "causal": _measure_untuned([*held_out], bidirectional=False),
+        "bidirectional": _measure_untuned([*held_out], bidirectional=True),
         "before": results["cra_before"],
         "tuned": results["cra_after"],
     }
     if arguments.minilm:
         minilm = SentenceTransformer(str(arguments.minilm), device="cpu")
         encode = lambda texts: torch.from_numpy(minilm.encode(texts))  # noqa: E731
-        cra["minilm"] = measure_caption_retrieval(encode, held_out)
+        cra["minilm"] = measure_caption_retrieval(encode, [*held_out])
     record = _describe(arguments, config, cra)
     merge_lora(model.text_model, lora)
     # Not better than on unseen ones: then it is not for lack of images.

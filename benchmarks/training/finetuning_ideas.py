@@ -119,7 +119,8 @@ class Bench:
         self.config: FinetuneConfig = replace(STEPS, max_steps=arguments.steps)
         self.records = load_in_order(arguments.captions)
         assert self.config.num_held_out is not None
-        _, self.held_out, _ = self.groups.hold_out(self.config.num_held_out, seed=self.config.seed)
+        held_out = self.groups.hold_out(self.config.num_held_out, seed=self.config.seed)[1]
+        self.held_out = list(held_out)
 
     @property
     def groups(self) -> caption_groups.CaptionGroups:
@@ -454,7 +455,7 @@ def train(
     if config.init_lora is not None:
         encoder.load_lora(config.init_lora)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        data = prepare_data(bench.groups, config.text_pairs, config, Path(scratch))
+        data = prepare_data(bench.groups, config, Path(scratch))
         nearest = find_hard_images(bench, data, config, folder)
         trainer = finetune_trainer.make_trainer(encoder, data, nearest, folder, config, ())
         if adjust is not None:

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
 from tabulate import tabulate
 
 from .._suggestions import counted
 from ..building.pretrained_towers import EMBEDDED
 from ..configs.build_config import list_vision_sources
 from ..configs.train_config import TrainConfig
-from ..data.captions.caption_groups import count_groups
+from ..data.key_arrays import count_distinct
 from ..data.records.record_loading import find_example_data, load_records
 from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage
-from ..data.records.splits import list_text_keys, split_records
+from ..data.records.splits import count_shared_captions, split_records
 from ..data.store.store_manifest import MANIFEST_FILE, StoreManifest
 from ..evaluation.datasets.custom_folder import make_records_spec
 from ..evaluation.datasets.dataset_registry import read_data
 from ..training.alignment.alignment_trainer import choose_batch_size, count_steps
-from ..training.alignment.held_out import count_held_out
-from ..training.finetuning.finetune_data import count_held_out_groups
+from ..training.alignment.held_out import choose_held_out
+from ..training.finetuning.finetune_llm import check_finetuning
 from ..training.run_folder import RUN_FILE
 
 Split: TypeAlias = tuple[Sequence[CaptionedImage], Sequence[CaptionedImage]]
@@ -105,13 +105,12 @@ def read_split(config: TrainConfig) -> Split:
 def plan_recipe(config: TrainConfig, split: Split) -> RecipePlan:
     """Plan the stages of a recipe without writing anything or loading a model."""
     train, test = map(RecordTable.from_records, split)
-    ours, theirs = list_text_keys(train), list_text_keys(test)
-    num_images = _count_images(train), _count_images(test)
+    num_images = _count(train, "name_key"), _count(test, "name_key")
     return RecipePlan(
         output=config.output,
-        stages=tuple(_list_stages(config, train, num_images, num_texts=len(np.unique(ours)))),
+        stages=tuple(_list_stages(config, train, num_images)),
         num_images=num_images,
-        num_shared_captions=int(np.isin(ours, theirs).sum()),
+        num_shared_captions=count_shared_captions(train, test),
     )
 
 
@@ -127,9 +126,9 @@ def list_eval_data(config: TrainConfig, test: Sequence[CaptionedImage]) -> list[
 
 
 def _list_stages(
-    config: TrainConfig, train: RecordTable, num_images: tuple[int, int], num_texts: int
+    config: TrainConfig, train: RecordTable, num_images: tuple[int, int]
 ) -> list[PlannedStage]:
-    paths, captions = RecipePaths(config.output), counted(num_texts, "caption")
+    paths, captions = RecipePaths(config.output), counted(_count(train, "text_keys"), "caption")
     sources = (*list_vision_sources(config.vision_model), config.text_model)
     towers = " + ".join(Path(source).name for source in sources)
     stages = [PlannedStage("build", towers, paths.built, _find_state(paths.built))]
@@ -166,30 +165,23 @@ def _list_stages(
 def _describe_finetuning(config: TrainConfig, train: RecordTable) -> str:
     finetune = config.finetune
     assert finetune is not None
-    groups = count_groups(train)[0]
-    trained_ratio = 1 - count_held_out_groups(len(groups), finetune) / max(1, len(groups))
-    num_pairs = finetune.num_pairings * round(groups.num_pairs * trained_ratio)
-    batch_size = finetune.per_device_train_batch_size
-    num_steps = finetune.max_steps or max(
-        1, round(finetune.num_train_epochs * (num_pairs // batch_size))
-    )
-    return f"{counted(num_steps, 'step')} of {counted(batch_size, 'pair')}"
+    num_steps = counted(finetune.max_steps or check_finetuning(train, finetune), "step")
+    return f"{num_steps} of {counted(finetune.per_device_train_batch_size, 'pair')}"
 
 
 def _describe_alignment(config: TrainConfig, train: RecordTable) -> str:
-    num_groups = max(1, len(np.unique(train.group_keys)))
-    num_held_out = count_held_out(num_groups, config.align.held_out_ratio)
-    num_items = round(len(train) * (1 - num_held_out / num_groups))
-    batch_size = choose_batch_size(config.align, num_items, 1)
-    num_steps = count_steps(config.align, num_items, batch_size)
+    items, _ = choose_held_out(train, config.align.held_out_ratio, seed=config.align.seed)
+    batch_size = choose_batch_size(config.align, len(items), 1)
+    num_steps = count_steps(config.align, len(items), batch_size)
     return (
         f"{counted(num_steps, 'step')} of {counted(batch_size, 'image')}, vision tower "
         f"{config.align.vision_training}"
     )
 
 
-def _count_images(records: RecordTable) -> int:
-    return len(np.unique(records.read_numbers("name_key")))
+def _count(records: RecordTable, name: str) -> int:
+    """Count the distinct numbers in a column."""
+    return count_distinct(partial(records.iterate_numbers, name), len(records))
 
 
 def is_complete(folder: Path) -> bool:

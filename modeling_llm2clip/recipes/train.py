@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +53,7 @@ from ..training.run_folder import (
     require_same_run,
     write_run_record,
 )
-from ..training.trainer_mixins import choose_reports
+from ..training.trainer_mixins import choose_reports, run_once_per_machine
 from .recipe_plan import (
     RecipePaths,
     RecipePlan,
@@ -133,8 +134,8 @@ def _check(
         is_begun = (config.output / RUN_FILE).is_file()
         config = replace(config, check_images=not is_begun and not is_remote(config.data))
     split = read_split(config) if records is None else records
-    check_recipe(config, split)
-    inputs = _identify_data(config, split)
+    run_once_per_machine(partial(check_recipe, config, split))
+    inputs = run_once_per_machine(partial(_identify_data, config, split))
     require_same_run(config.output, config, inputs, resume=True, may_differ=_MAY_DIFFER)
     return config, split, inputs
 
@@ -205,7 +206,7 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
     if finetune is not None:
         yield lambda: choose_reports(finetune.report_to)
         if not is_complete(paths.fine_tuned / "model"):
-            yield lambda: check_finetuning(train, paths.fine_tuned, finetune)
+            yield lambda: check_finetuning(train, finetune)
     captions, images = uses_stores(config)
     yield lambda: align.require_stores(captions or None, images or None, config.inherit or None)
     yield lambda: build_loss(align)

@@ -42,7 +42,7 @@ def test_the_order_of_a_file_does_not_change_what_is_held_out(tmp_path: Path) ->
         file = tmp_path / str(number) / "captions.jsonl"
         file.parent.mkdir()
         file.write_text("\n".join(lines), encoding="utf-8")
-        held_out.append(group_captions(load_in_order(file)).hold_out(4, seed=0)[1])
+        held_out.append([*group_captions(load_in_order(file)).hold_out(4, seed=0)[1]])
     assert held_out[0] == held_out[1] and len(held_out[0]) == 4
 
 

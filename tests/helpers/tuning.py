@@ -89,7 +89,7 @@ def write_pairs(file: Path, pairs: Iterable[TextPair]) -> Path:
 
 def hold_out_short() -> list[CaptionGroup]:
     """Return the groups that runs with `SHORT` hold out."""
-    return group_captions(RECORDS).hold_out(4, seed=SHORT.seed)[1]
+    return [*group_captions(RECORDS).hold_out(4, seed=SHORT.seed)[1]]
 
 
 def tune(output: Path, config: FinetuneConfig = SHORT, **options: Any) -> Tuned:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from stores import change_manifest
 from tiny_recipe import make_recipe, prepare_proclip, read_files, write_recipe
@@ -16,6 +17,8 @@ from tiny_recipe import make_recipe, prepare_proclip, read_files, write_recipe
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.record_table import RecordTable
+from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.records.splits import split_records
 from modeling_llm2clip.recipes.recipe_plan import (
     PlannedStage,
@@ -23,7 +26,9 @@ from modeling_llm2clip.recipes.recipe_plan import (
     plan_recipe,
     read_split,
 )
-from modeling_llm2clip.recipes.train import plan_train, train
+from modeling_llm2clip.recipes.train import check_recipe, plan_train, train
+from modeling_llm2clip.training.alignment.held_out import choose_held_out
+from modeling_llm2clip.training.finetuning import finetune_llm
 from modeling_llm2clip.training.run_folder import read_results
 
 
@@ -207,6 +212,39 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     printed = capsys.readouterr().out
     assert "| finetune-llm " in printed and "Nothing was computed or written." in printed
     assert list(read_files(tmp_path)) == ["recipe.yaml"]
+
+
+def test_a_dry_run_counts_the_steps_of_the_run_without_writing_pairs(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With odd groups, captions that held-out images also have, several languages and pairs."""
+    records = [
+        CaptionedImage(None, f"{n}.jpg", f"{n}.jpg", tuple(f"{t} of {n}" for t in "abcde"[: n % 6]))
+        for n in range(120)
+    ]
+    records += [replace(r, captions=("shared", f"von {r.name}"), lang="de") for r in records[::4]]
+    pairs = [{"query": f"{n}", "positive": f"b of {n}"} for n in range(90)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, pairs)), "utf-8")
+    config = make_recipe(
+        sources, tmp_path / "run", test_size=0,
+        finetune={"max_steps": None, "num_train_epochs": 3, "num_pairings": 2, "num_held_out": 30,
+                  "text_pairs": [[str(file), 0.7]], "skip_single_captions": True},
+        align={"max_steps": None, "num_train_epochs": 3},
+    )  # fmt: skip
+    split = RecordTable.from_records(records), RecordTable.from_records([])
+    with monkeypatch.context() as patch:
+        patch.setattr(pa, "OSFile", lambda *_: pytest.fail("a file was written"))
+        check_recipe(config, split)
+        planned = {stage.name: stage.size for stage in plan_recipe(config, split).stages}
+    assert config.finetune is not None
+    data, decided = finetune_llm._prepare(split[0], config.finetune, tmp_path)
+    assert data.counts["num_text_pairs_lost"] and data.counts["num_captions_lost"]
+    assert planned["finetune-llm"] == f"{decided['schedule']['steps']} steps of 4 pairs"
+    items, _ = choose_held_out(split[0], config.align.held_out_ratio, seed=config.seed)
+    assert planned["align"].startswith(f"{3 * (len(items) // 4)} steps of 4 images")
+    texts = {text for record in records for text in record.captions}
+    assert planned["extract text"] == f"{len(texts)} captions"
 
 
 BAD = """

@@ -236,10 +236,11 @@ class RecordTable(Sequence[CaptionedImage]):
         """Yield a column of numbers in batches of `ROWS_PER_BATCH`, one batch in memory at a time.
 
         Args:
-            name: Name of the column.
+            name: Name of the column; `text_keys` yields the keys of all texts of a batch.
         """
         for batch in self.iterate_columns((name,)):
-            yield np.asarray(batch.column(0))
+            column = batch.column(0)
+            yield np.asarray(column.flatten() if name == "text_keys" else column)
 
     def find_first_rows(self, name: str) -> Array:
         """Return, for each record, the first record with the same number in a column.

@@ -10,6 +10,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import compute
 
 from ..._suggestions import counted, list_first
+from ..key_arrays import contains_keys
 from .record_table import Array, RecordTable
 from .records import CaptionedImage
 
@@ -74,8 +75,14 @@ def _sort_groups(table: RecordTable, keys: Array) -> Array:
 
 def list_text_keys(table: RecordTable) -> Array:
     """List the hashes of all captions, short and long."""
-    parts = [np.asarray(b.column(0).flatten()) for b in table.iterate_columns(["text_keys"])]
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+    return np.concatenate([np.empty(0, np.int64), *table.iterate_numbers("text_keys")])
+
+
+def count_shared_captions(table: RecordTable, others: RecordTable) -> int:
+    """Count the captions of a table that are also captions of another table."""
+    keys = np.unique(list_text_keys(others))
+    parts = table.iterate_numbers("text_keys")
+    return sum(int(contains_keys(keys, part).sum()) for part in parts)
 
 
 def _list_texts(table: RecordTable, keys: Array) -> set[str]:

@@ -126,11 +126,10 @@ def find_interval(score: float, count: int) -> tuple[float, float]:
     return (center - spread) / (1 + square / count), (center + spread) / (1 + square / count)
 
 
-def choose_held_out(dataset: AlignmentDataset, ratio: float, *, seed: int) -> tuple[Array, Array]:
-    """Split a dataset by image groups; return the items to train on and the held-out items."""
+def choose_held_out(records: RecordTable, ratio: float, *, seed: int) -> tuple[Array, Array]:
+    """Split records by image groups; return the items to train on and the held-out items."""
     if not ratio:
-        return np.arange(len(dataset), dtype=np.int32), np.empty(0, np.int32)
-    records = dataset.records
+        return np.arange(len(records), dtype=np.int32), np.empty(0, np.int32)
     num_groups = count_distinct(partial(records.iterate_numbers, "group_key"), len(records))
     count = count_held_out(num_groups, ratio)
     if count < 2:

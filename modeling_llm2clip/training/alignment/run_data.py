@@ -28,7 +28,7 @@ from ...data.key_arrays import contains_keys
 from ...data.records.data_hashes import describe_images, hash_records
 from ...data.records.record_table import Array, RecordTable
 from ...data.records.records import CaptionedImage
-from ...data.records.splits import list_text_keys
+from ...data.records.splits import count_shared_captions, list_text_keys
 from ...data.remote.file_locations import FileLocation, list_states, use_states
 from ...data.remote.remote_files import FileInfo
 from ...data.store.embedding_store import EmbeddingStore
@@ -111,10 +111,8 @@ class RecordData:
         """Count the training captions that are also captions of held-out images."""
         assert self.held_out is not None
         records = self.dataset.records
-        keys = list_text_keys(records.select(self.held_out.items))
-        distinct = np.unique(keys)
-        parts = (np.asarray(b.column(0).flatten()) for b in records.iterate_columns(("text_keys",)))
-        return sum(int(contains_keys(distinct, part).sum()) for part in parts) - len(keys)
+        held_out = records.select(self.held_out.items)
+        return count_shared_captions(records, held_out) - len(list_text_keys(held_out))
 
 
 @dataclass(eq=False)
@@ -281,7 +279,7 @@ def open_records(
         image_store=image_store,
         image_transform=image_transform,
     )
-    items, held_items = choose_held_out(dataset, config.held_out_ratio, seed=config.seed)
+    items, held_items = choose_held_out(records, config.held_out_ratio, seed=config.seed)
     held_out = HeldOutImages(dataset, held_items) if len(held_items) else None
     return RecordData(dataset, items, config, held_out=held_out)
 

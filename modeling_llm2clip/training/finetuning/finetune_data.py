@@ -8,14 +8,12 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-import numpy as np
 from datasets import DatasetDict
 from tqdm import tqdm
 
 from ...configs.finetune_config import FinetuneConfig
 from ...data.captions.caption_groups import CaptionGroup, CaptionGroups
 from ...data.captions.text_pairs import read_text_pairs
-from ...data.records.record_columns import hash_text
 from ...encoding.tokenized_texts import TokenizedTexts
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..trainer_mixins import run_once_per_machine
@@ -25,6 +23,7 @@ from .pair_sampling import (
     list_key_columns,
     list_text_columns,
     open_table,
+    require_rows,
     write_caption_pairs,
     write_text_pairs,
 )
@@ -41,7 +40,6 @@ class FinetuneData:
 
     Attributes:
         tables: Tables of text pairs (see `pair_sampling`): caption pairs first, then other pairs.
-        weights: Number of batches of each table per batch of the first table.
         num_trained: Number of groups whose captions are in the first table.
         num_first_pairs: Number of leading rows of the first table that contain all its captions.
         held_out: Groups to evaluate on.
@@ -50,7 +48,6 @@ class FinetuneData:
     """
 
     tables: DatasetDict
-    weights: list[float]
     num_trained: int
     num_first_pairs: int
     held_out: list[CaptionGroup]
@@ -81,23 +78,15 @@ class FinetuneData:
                     yield from chunk.to_pylist()
 
 
-def prepare_data(
-    groups: CaptionGroups,
-    text_pairs: Sequence[tuple[Path, float]],
-    config: FinetuneConfig,
-    folder: Path,
-) -> FinetuneData:
+def prepare_data(groups: CaptionGroups, config: FinetuneConfig, folder: Path) -> FinetuneData:
     """Hold out groups, pair the captions of other groups, and exclude pairs with held-out texts.
 
     One process per machine writes the pairs, and all processes memory-map the files.
     """
-    to_train, held_out, num_lost = groups.hold_out(
-        count_held_out_groups(len(groups), config), seed=config.seed
-    )
-    files = [folder / _CAPTIONS, *(folder / f"pairs_{n + 1}" for n in range(len(text_pairs)))]
-    num_pairs_lost = run_once_per_machine(
-        partial(_write_tables, to_train, [file for file, _ in text_pairs], files, held_out, config)
-    )
+    to_train, held_out, num_lost = _hold_out(groups, config)
+    num_others = len(config.text_pairs)
+    files = [folder / _CAPTIONS, *(folder / f"pairs_{n + 1}" for n in range(num_others))]
+    num_pairs_lost = run_once_per_machine(partial(_write_tables, to_train, files, config))
     tables = DatasetDict({file.name: open_table(file) for file in files})
     for table in tables.values():  # fail early if a table cannot fill a batch
         sampler = NoDuplicateGroupsBatchSampler(
@@ -110,14 +99,27 @@ def prepare_data(
         "num_captions_lost": num_lost,
         "num_text_pairs_lost": num_pairs_lost,
     }
-    weights = [1.0, *(weight for _, weight in text_pairs)]
-    return FinetuneData(tables, weights, len(to_train), to_train.num_pairs, held_out, counts)
+    return FinetuneData(tables, len(to_train), to_train.num_pairs, [*held_out], counts)
 
 
-def count_held_out_groups(num_groups: int, config: FinetuneConfig) -> int:
-    if config.num_held_out is not None:
-        return config.num_held_out
-    return min(_MAX_HELD_OUT, max(2, num_groups // 5))
+def count_rows(groups: CaptionGroups, config: FinetuneConfig) -> tuple[int, list[int]]:
+    """Count the training groups, and the rows of each table of `prepare_data`, without writing.
+
+    Data without a batch of different texts are only refused by `prepare_data`, which samples one.
+    """
+    to_train, _, _ = _hold_out(groups, config)
+    num_rows = [config.num_pairings * to_train.num_pairs]
+    num_rows += [_write_text_pairs(file, None, to_train)[0] for file, _ in config.text_pairs]
+    require_rows(min(len(to_train), *num_rows), config.per_device_train_batch_size)
+    return len(to_train), num_rows
+
+
+def _hold_out(
+    groups: CaptionGroups, config: FinetuneConfig
+) -> tuple[CaptionGroups, CaptionGroups, int]:
+    default = min(_MAX_HELD_OUT, max(2, len(groups) // 5))
+    count = default if config.num_held_out is None else config.num_held_out
+    return groups.hold_out(count, seed=config.seed)
 
 
 def count_truncated(
@@ -140,23 +142,21 @@ def count_truncated(
     return {"num_texts": num_texts, "num_truncated": num_truncated}
 
 
-def _write_tables(
-    groups: CaptionGroups,
-    sources: Sequence[Path],
-    files: Sequence[Path],
-    held_out: Sequence[CaptionGroup],
-    config: FinetuneConfig,
-) -> int:
+def _write_tables(groups: CaptionGroups, files: Sequence[Path], config: FinetuneConfig) -> int:
     """Write caption pairs and text pairs, and return how many text pairs were left out."""
-    left_out = np.unique([hash_text(text) for group in held_out for text in group.captions])
     write_caption_pairs(groups, files[0], seed=config.seed, num_pairings=config.num_pairings)
-    total = 0
-    for source, file in zip(sources, files[1:], strict=True):
-        num_written, num_lost = write_text_pairs(read_text_pairs(source), file, left_out=left_out)
-        if not num_written:
-            raise ValueError(
-                f"text_pairs {source}: all {num_lost} pairs contain a held-out caption. "
-                "Hold out fewer images (num_held_out), or leave this file out."
-            )
-        total += num_lost
-    return total
+    pairs = zip(config.text_pairs, files[1:], strict=True)
+    return sum(_write_text_pairs(source, file, groups)[1] for (source, _), file in pairs)
+
+
+def _write_text_pairs(source: Path, file: Path | None, groups: CaptionGroups) -> tuple[int, int]:
+    """Write text pairs without held-out captions, and return how many were written and left out."""
+    num_written, num_lost = write_text_pairs(
+        read_text_pairs(source), file, left_out=groups.left_out
+    )
+    if not num_written:
+        raise ValueError(
+            f"text_pairs {source}: all {num_lost} pairs contain a held-out caption. "
+            "Hold out fewer images (num_held_out), or leave this file out."
+        )
+    return num_written, num_lost

@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,12 @@ from ...building.lora_merging import merge_lora, require_base_weights
 from ...configs.finetune_config import FinetuneConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.atomic_files import hash_file
-from ...data.captions.caption_groups import CaptionGroup, group_captions, skip_single_captions
+from ...data.captions.caption_groups import (
+    CaptionGroup,
+    CaptionGroups,
+    group_captions,
+    skip_single_captions,
+)
 from ...data.key_arrays import Array
 from ...data.records.data_hashes import hash_records
 from ...data.records.record_table import RecordTable
@@ -80,7 +84,7 @@ from ..trainer_mixins import (
     show_progress,
     warn_of_padding,
 )
-from .finetune_data import FinetuneData, count_truncated, prepare_data
+from .finetune_data import FinetuneData, count_rows, count_truncated, prepare_data
 from .finetune_trainer import (
     CaptionEncoder,
     count_run_steps,
@@ -217,12 +221,13 @@ def choose_base_dtype(precision: str, device_type: str) -> torch.dtype | None:
     return torch.bfloat16 if on_gpu and computes_in_bfloat16(precision, on_gpu=True) else None
 
 
-def check_finetuning(
-    records: Sequence[CaptionedImage], output: Path, config: FinetuneConfig
-) -> None:
-    """Refuse options and data that `finetune_llm` would refuse, without needing a model."""
-    with _open_scratch(output, only_checks=True) as scratch:
-        _prepare(RecordTable.from_records(records), config, scratch)
+def check_finetuning(records: Sequence[CaptionedImage], config: FinetuneConfig) -> int:
+    """Refuse options and data that `finetune_llm` would refuse; return the number of steps.
+
+    No model is needed and nothing is written: texts are counted by their keys.
+    """
+    groups, _ = _group(RecordTable.from_records(records), config)
+    return _plan_steps(*count_rows(groups, config), config)["steps"]
 
 
 def describe_finetuning(output: Path) -> list[str]:
@@ -260,43 +265,44 @@ def _prepare(
     records: RecordTable, config: FinetuneConfig, scratch: Path
 ) -> tuple[FinetuneData, dict[str, Any]]:
     """Check and prepare everything that needs no model; return the data and run record values."""
-    groups, num_skipped = (
-        skip_single_captions(records)
-        if config.skip_single_captions
-        else (group_captions(records), 0)
-    )
-    data = prepare_data(groups, config.text_pairs, config, scratch)
+    groups, num_skipped = _group(records, config)
+    data = prepare_data(groups, config, scratch)
+    schedule = _plan_steps(data.num_trained, [*data.tables.num_rows.values()], config)
+    return data, {"schedule": schedule, "num_single_captions_skipped": num_skipped}
+
+
+def _group(records: RecordTable, config: FinetuneConfig) -> tuple[CaptionGroups, int]:
+    """Group the captions, and count the groups that were skipped."""
+    if config.skip_single_captions:
+        return skip_single_captions(records)
+    return group_captions(records), 0
+
+
+def _plan_steps(num_groups: int, num_rows: Sequence[int], config: FinetuneConfig) -> dict[str, int]:
+    """Check the options that depend on the amount of data; return the learning rate schedule."""
     if config.num_hard_negatives:
-        require_search(data.num_trained)
-    num_steps = count_run_steps(data, config)[0]
+        require_search(num_groups)
+    num_steps = count_run_steps(num_rows, config)[0]
     warmup_steps = count_warmup_steps(config.warmup_steps, num_steps)
     if config.init_lora is not None:
         require_same_meaning(config.init_lora, make_lora_config(config))
-    return data, {
-        "schedule": {"steps": num_steps, "warmup_steps": warmup_steps},
-        "num_single_captions_skipped": num_skipped,
-    }
+    return {"steps": num_steps, "warmup_steps": warmup_steps}
 
 
 @contextmanager
-def _open_scratch(output: Path, *, only_checks: bool = False) -> Iterator[Path]:
+def _open_scratch(output: Path) -> Iterator[Path]:
     """Make a temporary folder for the pairs, shared by all processes on a machine.
 
     The temporary folder is in the locked run folder, so leftovers there can only come from a killed
-    attempt of this run. A check has no run folder, so it uses a new folder on the same disk; `/tmp`
-    may be in memory.
+    attempt of this run.
     """
     with ExitStack() as stack:
 
         def make() -> Path:
-            if only_checks:
-                parent = next(parent for parent in output.absolute().parents if parent.is_dir())
-                scratch = Path(mkdtemp(prefix=f".{output.name}-pairs-", dir=parent))
-            else:
-                # `.tmp` marks it as unfinished, so a folder that has only this still counts as new.
-                scratch = output / f"pairs-{PartialState().process_index}.tmp"
-                shutil.rmtree(scratch, ignore_errors=True)
-                scratch.mkdir()
+            # `.tmp` marks it as unfinished, so a folder that has only this still counts as new.
+            scratch = output / f"pairs-{PartialState().process_index}.tmp"
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
             stack.callback(shutil.rmtree, scratch, ignore_errors=True)
             return scratch
 

@@ -60,9 +60,9 @@ def write_caption_pairs(
 
 
 def write_text_pairs(
-    pairs: Iterable[TextPair], file: Path, *, left_out: Array | None = None
+    pairs: Iterable[TextPair], file: Path | None, *, left_out: Array | None = None
 ) -> tuple[int, int]:
-    """Write text pairs, except pairs that contain a left-out text.
+    """Write text pairs, except pairs that contain a left-out text; without a file, only count them.
 
     A pair is also left out if the 64-bit key of one of its texts happens to equal a left-out text's
     key. For ten million left-out texts and a thousand pairs, the chance of this is about one in a
@@ -73,7 +73,8 @@ def write_text_pairs(
     left_out = np.empty(0, np.int64) if left_out is None else left_out
     some = list(islice(remaining, _PAIRS_AT_ONCE))
     schema = _make_schema(num_negatives=len(some[0].negatives) if some else 0)
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+    sink = pa.MockOutputStream() if file is None else pa.OSFile(str(file), "wb")
+    with sink, pa.ipc.new_stream(sink, schema) as writer:
         while some:
             keys = np.array([[hash_text(text) for text in pair.texts] for pair in some], np.int64)
             kept = (~contains_keys(left_out, keys.ravel())).reshape(keys.shape).all(axis=1)
@@ -170,6 +171,16 @@ class PairCollator(SentenceTransformerDataCollator):  # type: ignore[misc]
         )
 
 
+def require_rows(num_groups: int, batch_size: int) -> None:
+    """Raise ValueError if a global batch needs more groups than there are."""
+    num_processes = PartialState().num_processes
+    if num_groups < batch_size * num_processes:
+        raise ValueError(
+            f"Too few different images ({num_groups}) for a batch of {batch_size}, in which each "
+            f"may occur only once (processes: {num_processes}). Lower per_device_train_batch_size."
+        )
+
+
 class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
     """Samples batches without repeated groups or texts across all processes.
 
@@ -207,12 +218,8 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
         for piece in self.groups.pieces:
             groups.update(np.unique(piece).tolist())
             if len(groups) >= self.window_size:
-                return
-        raise ValueError(
-            f"Too few different images ({len(groups)}) for a batch of {batch_size}, in which each "
-            f"may occur only once (processes: {self.num_processes}). Lower "
-            "per_device_train_batch_size."
-        )
+                break
+        require_rows(len(groups), batch_size)
 
     def __len__(self) -> int:
         return int(self.num_rows // self.window_size * self.num_processes)

@@ -89,12 +89,12 @@ def dataset(few: Prepared) -> AlignmentDataset:
 
 
 def test_held_out_images_are_not_trained_on(dataset: AlignmentDataset) -> None:
-    items, held_out = (part.tolist() for part in choose_held_out(dataset, 0.1, seed=0))
+    items, held_out = (part.tolist() for part in choose_held_out(dataset.records, 0.1, seed=0))
     # A tenth of 60 is too few to tell models apart, and more than a fifth would be missed.
     assert len(held_out) == 12 and not set(items) & set(held_out)
     assert sorted([*items, *held_out]) == list(range(60))
-    assert choose_held_out(dataset, 0.1, seed=1)[1].tolist() != held_out
-    everything, nothing = choose_held_out(dataset, 0.0, seed=0)
+    assert choose_held_out(dataset.records, 0.1, seed=1)[1].tolist() != held_out
+    everything, nothing = choose_held_out(dataset.records, 0.0, seed=0)
     assert (everything.tolist(), nothing.tolist()) == (list(range(60)), [])
 
 
@@ -123,7 +123,7 @@ def test_the_held_out_loss_is_that_of_the_best_temperature(
 def test_what_shows_the_same_thing_is_held_out_together(prepared: Prepared) -> None:
     dataset = prepared.dataset(None, "caption")
     for seed in range(8):
-        items, held_out = choose_held_out(dataset, 0.1, seed=seed)
+        items, held_out = choose_held_out(dataset.records, 0.1, seed=seed)
         group_ids = [set(dataset.read_group_ids(part).tolist()) for part in (items, held_out)]
         assert not group_ids[0] & group_ids[1]
 
@@ -191,7 +191,7 @@ def test_captions_shared_with_held_out_are_counted(prepared: Prepared, tmp_path:
         text_training="frozen-online",
     )  # fmt: skip
     dataset = prepared.dataset(records)
-    to_train, held_out = (part.tolist() for part in choose_held_out(dataset, 0.2, seed=0))
+    to_train, held_out = (part.tolist() for part in choose_held_out(dataset.records, 0.2, seed=0))
     texts = {text for number in held_out for text in records[number].captions}
     expected = sum(text in texts for number in to_train for text in records[number].captions)
     assert expected > 0

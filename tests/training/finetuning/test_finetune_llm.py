@@ -96,7 +96,7 @@ def test_a_run_deletes_only_its_own_temporary_files(tmp_path):
     left = output / "pairs-0.tmp" / "left"  # left by a killed run
     for folder in (*foreign, left):
         folder.mkdir(parents=True)
-    stage.check_finetuning(RECORDS, output, SHORT)
+    stage.check_finetuning(RECORDS, SHORT)
     assert left.is_dir()
     with stage._open_scratch(output) as scratch:
         assert scratch == left.parent and not left.exists()

@@ -51,7 +51,7 @@ write, finetune_trainer._save_lora = finetune_trainer._save_lora, writing
 mini = int(sys.argv[3]) or None
 config = replace(SHORT, max_steps=1, save_steps=1, per_device_train_batch_size=int(sys.argv[2]),
                  mini_batch_size=mini, negatives=sys.argv[4])
-stage.check_finetuning(RECORDS, folder / "run", config)
+stage.check_finetuning(RECORDS, config)
 tune(folder / "run", config)
 """
 

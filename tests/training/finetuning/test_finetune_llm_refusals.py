@@ -47,8 +47,11 @@ def test_options_that_do_not_fit_the_data_are_refused(tmp_path):
         ({"warmup_steps": 6}, r"warmup_steps=6 is too many for a run of 6.*max_steps"),
         ({"text_pairs": [(file, 1.0)]}, r"pairs .*\.jsonl: all 4 pairs contain a held-out caption"),
     ):
+        config = replace(SHORT, **options)
         with pytest.raises(ValueError, match=error):
-            tune(tmp_path / "run", replace(SHORT, **options))
+            tune(tmp_path / "run", config)
+        with pytest.raises(ValueError, match=error):
+            stage.check_finetuning(RECORDS, config)
         assert not (tmp_path / "run").exists()
 
 

@@ -78,7 +78,7 @@ def test_every_pairing_is_different_and_has_all_captions(tmp_path: Path) -> None
         config = replace(SHORT, num_pairings=num_pairings)
         folder = tmp_path / str(num_pairings)
         folder.mkdir()
-        return list(prepare_data(group_captions(RECORDS), [], config, folder).tables["captions"])
+        return list(prepare_data(group_captions(RECORDS), config, folder).tables["captions"])
 
     once, three_times = sample(1), sample(3)
     assert len(three_times) == 3 * len(once)

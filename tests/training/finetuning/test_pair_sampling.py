@@ -202,7 +202,7 @@ def make_data(folder: Path) -> FinetuneData:
         CaptionedImage(None, str(n), str(n), tuple(generator.sample(texts, 3))) for n in range(80)
     ]
     config = FinetuneConfig(per_device_train_batch_size=4, num_held_out=4, num_pairings=2)
-    return prepare_data(group_captions(records), [], config, folder)
+    return prepare_data(group_captions(records), config, folder)
 
 
 def test_truncated_texts_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
