@@ -33,12 +33,12 @@ from ..search.search_results import (
     to_data_url,
     write_hits,
 )
+from .request_guard import API_PREFIXES
 from .service import EmbeddingService, Input
 from .service_results import RequestError
 
 T = TypeVar("T")
 
-_API_PREFIXES = ("/v1/", "/v2/")
 _MAX_TOP_K, _TOP_K = 48, 12
 _MAX_LABELS = 200
 _RUNNING, _WAITING = 16, 64  # requests from the page
@@ -213,7 +213,7 @@ class _PageMount(Mount):
             )
 
     def matches(self, scope: Any) -> tuple[Match, Any]:
-        if scope.get("path", "").startswith(_API_PREFIXES):
+        if scope.get("path", "").startswith(API_PREFIXES):
             return Match.NONE, {}
         return super().matches(scope)
 

@@ -37,6 +37,7 @@ _PIXEL = (  # a PNG of one red pixel
 )
 _EMBEDDING_EXAMPLES: dict[str, Any] = {
     "texts": {"value": {"input": ["a dog in the snow", "two red apples"]}},
+    "text and data URL": {"value": {"input": ["a dog", _PIXEL]}},
     "texts and images": {"value": {"input": [{"text": "a dog"}, {"image": _PIXEL}]}},
     "chat message": {
         "value": {
@@ -62,6 +63,7 @@ _COHERE_EXAMPLES: dict[str, Any] = {
     "texts": {"value": {"texts": ["a dog"], "input_type": "search_query"}},
     "images": {"value": {"images": [_PIXEL], "input_type": "image"}},
 }
+_OLLAMA_EXAMPLES: dict[str, Any] = {"text and image": {"value": {"input": ["a dog", _PIXEL]}}}
 _CLASSIFY_EXAMPLES: dict[str, Any] = {
     "zero-shot": {
         "value": {
@@ -163,6 +165,7 @@ def make_web_app(service: EmbeddingService, metrics: ServerMetrics) -> FastAPI:
     )
     images = ImageInputs(service.config)
     _add_embeddings(router, service, images)
+    _add_other_protocols(router, service, images)
     _add_uses(router, service, images)
     app.include_router(router)
     _add_monitoring(app, service, metrics)
@@ -215,6 +218,30 @@ def _add_embeddings(router: APIRouter, service: EmbeddingService, images: ImageI
                     },
                     "texts": texts,
                     "meta": {"api_version": {"version": "2"}, "billed_units": units},
+                }
+            )
+        )
+
+
+def _add_other_protocols(router: APIRouter, service: EmbeddingService, images: ImageInputs) -> None:
+    @router.post("/api/embed", tags=["Ollama"], response_model=schemas.OllamaResponse)
+    async def embed_for_ollama(
+        body: Annotated[schemas.OllamaRequest, Body(openapi_examples=_OLLAMA_EXAMPLES)],
+    ) -> Response:
+        """Embed texts and images as Ollama's API does; images are data URLs."""
+        _require_model(service, body.model)
+        result = await service.embed(
+            await _read_inputs(body.list_items(), images),
+            dimensions=body.dimensions,
+            truncate=body.truncate is not False,
+            prompt_name=body.prompt_name,
+        )
+        return await asyncio.to_thread(
+            lambda: JsonResponse(
+                {
+                    "model": service.model_name,
+                    "embeddings": _encode(result.embeds, "float"),
+                    "prompt_eval_count": result.num_tokens,
                 }
             )
         )
@@ -347,7 +374,7 @@ def _add_monitoring(app: FastAPI, service: EmbeddingService, metrics: ServerMetr
         encoder = service.encoder
         num_images, index_error = await service.find_index_error()
         status = "ok" if index_error is None else "degraded"
-        routes = ["/v1/embeddings", "/v2/embed"]
+        routes = ["/v1/embeddings", "/v2/embed", "/api/embed"]
         routes += ["/v1/classify"] if encoder.logit_rule is not None else []
         routes += ["/v1/search"] if num_images is not None else []
         state = {

@@ -2,7 +2,7 @@
 
 | field | sent by |
 | --- | --- |
-| `input` | OpenAI clients; with `text` or `image` objects, Jina and SGLang clients |
+| `input` | OpenAI and Ollama clients; with `text` or `image` objects, Jina and SGLang clients |
 | `messages` | vLLM clients: chat messages with `image_url` |
 | `texts`, `images`, `inputs` | Cohere clients |
 
@@ -11,6 +11,8 @@ Unknown fields are refused, because ignoring one could change the meaning of a r
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 from pydantic import (
@@ -20,6 +22,9 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    TypeAdapter,
+    WithJsonSchema,
+    WrapValidator,
     model_validator,
 )
 from typing_extensions import Self
@@ -32,6 +37,7 @@ MOST_INPUTS = 2048  # texts and images per request, the same limit as OpenAI's
 MOST_CHARACTERS = 100_000  # per text: no model reads that much, and tokenizing more takes seconds
 MOST_HITS = 1000  # images per search query
 MOST_RESULTS = 20_000  # total images of a search, or total labels of a classification
+_DATA_URL = r"^data:image/[^,\s]+;base64,"
 
 
 def _require_text(text: str) -> str:
@@ -72,7 +78,43 @@ class ImageInput(_Strict):
     image: ImageText
 
 
+class ImageUrl(_Strict):
+    """The image in a chat message; `detail` has no effect."""
+
+    url: ImageText
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class TextPart(_Strict):
+    """A text in `input`, in a chat message or in Cohere's `inputs`."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class ImagePart(_Strict):
+    """An image in `input`, in a chat message or in Cohere's `inputs`."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+    @property
+    def image(self) -> str:
+        """The image's URL, under the same attribute name as in `ImageInput`."""
+        return self.image_url.url
+
+
+Part: TypeAlias = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+def _read_string(value: str, read_text: Callable[[str], str]) -> str | ImageInput:
+    """Return a data URL of an image as an image, and any other string as a text."""
+    return ImageInput(image=value) if re.match(_DATA_URL, value) else read_text(value)
+
+
 def _tag_item(item: Any) -> str:
+    if isinstance(item, dict) and "type" in item:
+        return "[part]"
     for name, kind in (("text", TextInput), ("image", ImageInput)):
         if isinstance(item, kind) or (isinstance(item, dict) and [*item] == [name]):
             return f"[{name}]"
@@ -83,9 +125,17 @@ def _tag_list(value: Any) -> str:
     return "[many]" if isinstance(value, list) else "[one]"
 
 
+_StringItem: TypeAlias = Annotated[
+    Text,
+    WrapValidator(_read_string),
+    WithJsonSchema(
+        {"anyOf": [TypeAdapter(Text).json_schema(), {"type": "string", "pattern": _DATA_URL}]}
+    ),
+]
 # Tags are in brackets so `_name_field` can leave them out of field names.
 Item: TypeAlias = Annotated[
-    Annotated[Text, Tag("[string]")]
+    Annotated[_StringItem, Tag("[string]")]
+    | Annotated[Part, Tag("[part]")]
     | Annotated[TextInput, Tag("[text]")]
     | Annotated[ImageInput, Tag("[image]")],
     Discriminator(
@@ -102,33 +152,6 @@ Images: TypeAlias = Annotated[list[ImageText], Field(min_length=1, max_length=MO
 Texts: TypeAlias = Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS)]
 
 
-class ImageUrl(_Strict):
-    """The image in a chat message; `detail` has no effect."""
-
-    url: ImageText
-    detail: Literal["auto", "low", "high"] | None = None
-
-
-class TextPart(_Strict):
-    """A text in a chat message or in Cohere's `inputs`."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class ImagePart(_Strict):
-    """An image in a chat message or in Cohere's `inputs`."""
-
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-    @property
-    def image(self) -> str:
-        """The image's URL, under the same attribute name as in `ImageInput`."""
-        return self.image_url.url
-
-
-Part: TypeAlias = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 Parts: TypeAlias = Annotated[list[Part], Field(min_length=1, max_length=MOST_INPUTS)]
 
 
@@ -249,6 +272,20 @@ class CohereRequest(_InputsRequest):
         return self
 
 
+class OllamaRequest(_TextOptions):
+    """A request in Ollama's format."""
+
+    input: ItemOrItems
+    dimensions: int | None = Field(None, ge=1)
+    truncate: bool | None = True
+    options: dict[str, Any] | None = Field(None, description="Has no effect.")
+    keep_alive: float | str | None = Field(None, description="Has no effect.")
+
+    def list_items(self) -> list[Any]:
+        """List the texts and images in order."""
+        return self.input if isinstance(self.input, list) else [self.input]
+
+
 def _require_few(asking: str, count: int) -> None:
     if count > MOST_RESULTS:
         raise ValueError(
@@ -322,6 +359,14 @@ class CohereResponse(BaseModel):
     embeddings: dict[Literal["float", "base64"], list[list[float]] | list[str]]
     texts: list[str]
     meta: dict[str, Any]
+
+
+class OllamaResponse(BaseModel):
+    """Ollama's response."""
+
+    model: str
+    embeddings: list[list[float]]
+    prompt_eval_count: int = Field(description="Tokens of the texts, prompts included.")
 
 
 class LabelScore(BaseModel):

@@ -28,6 +28,7 @@ from modeling_llm2clip.data.labels import make_labels
 from modeling_llm2clip.encoding.encode import average_prompts
 from modeling_llm2clip.search.tag_images import rank_labels
 from modeling_llm2clip.serving.app import create_app
+from modeling_llm2clip.serving.schemas import MOST_CHARACTERS
 
 IMAGES = [draw_noise(), *tiny_images(2)]
 URLS = [to_data_url(to_png(image)) for image in IMAGES]
@@ -94,6 +95,10 @@ def test_the_client_of_openai_works_unmodified(url: str) -> None:
         ({"input": ["a dog", "x"]}, ["a dog", "x"]),
         ({"input": {"text": "a dog"}}, ["a dog"]),
         ({"input": [{"image": URLS[0]}, {"text": "x"}, "y"]}, [IMAGES[0], "x", "y"]),
+        ({"input": URLS[0]}, [IMAGES[0]]),
+        ({"input": ["a dog", URLS[0]]}, ["a dog", IMAGES[0]]),
+        ({"input": IMAGE_PART}, [IMAGES[0]]),
+        ({"input": [TEXT_PART, IMAGE_PART, "y"]}, ["x", IMAGES[0], "y"]),
         ({"messages": [{"role": "user", "content": "a dog"}]}, ["a dog"]),
         ({"messages": [{"role": "user", "content": [IMAGE_PART]}]}, [IMAGES[0]]),
         ({"messages": [{"role": "user", "content": [TEXT_PART]}]}, ["x"]),
@@ -137,6 +142,64 @@ def test_coheres_api_gives_the_same_embeddings(url: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data:image/png,AAAA",
+        "data:image/;base64,AAAA",
+        "data:text/plain;base64,AAAA",
+        "see data:image/png;base64,AAAA",
+        "data:image/png a;base64,AAAA",
+    ],
+)
+def test_a_string_that_is_not_the_data_url_of_an_image_is_a_text(url: str, text: str) -> None:
+    np.testing.assert_array_equal(embed(url, {"input": text}), embed(url, {"texts": [text]}))
+
+
+def test_a_data_url_may_be_longer_than_a_text_and_a_text_object_is_never_an_image(url: str) -> None:
+    image = draw_noise(256, 256)
+    data_url = to_data_url(to_png(image))
+    assert len(data_url) > MOST_CHARACTERS
+    np.testing.assert_allclose(embed(url, {"input": [data_url]}), expect(image), atol=ROUNDING)
+    assert send(f"{url}/v1/embeddings", {"input": "x" * (MOST_CHARACTERS + 1)})[0] == 400
+    [as_text] = embed(url, {"input": {"text": URLS[0]}})
+    np.testing.assert_array_equal([as_text], embed(url, {"texts": [URLS[0]]}))
+
+
+def test_ollamas_api_gives_the_same_embeddings(url: str) -> None:
+    inputs = ["a dog", URLS[0], MIXED_TEXTS[3]]
+    # As Ollama's own client and LangChain's send it.
+    body = {"model": MODEL_NAME, "input": inputs, "options": {"num_ctx": 8}, "keep_alive": "5m"}
+    status, answer, _ = send(f"{url}/api/embed", body)
+    assert status == 200
+    assert answer["model"] == MODEL_NAME
+    np.testing.assert_array_equal(answer["embeddings"], embed(url, {"input": inputs}))
+    tokens = send(f"{url}/v1/embeddings", {"input": inputs})[1]["usage"]["prompt_tokens"]
+    assert answer["prompt_eval_count"] == tokens
+    _, one, _ = send(f"{url}/api/embed", {"input": "a dog", "dimensions": 9, "truncate": None})
+    np.testing.assert_array_equal(
+        one["embeddings"], embed(url, {"input": "a dog", "dimensions": 9})
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"input": "a", "model": "other"}, 404, "no model 'other'"),
+        ({"input": MIXED_TEXTS[3], "truncate": False}, 400, "limit of 32 tokens is exceeded"),
+        ({"input": ["a", [1, 2]]}, 400, "not token ids"),
+        ({"input": "a", "encoding_format": "base64"}, 400, "encoding_format: Extra inputs"),
+        ({"prompt": "a"}, 400, "input: Field required"),
+    ],
+)
+def test_what_ollamas_api_cannot_answer_is_refused(
+    url: str, body: Any, status: int, message: str
+) -> None:
+    answered, answer, _ = send(f"{url}/api/embed", body)
+    assert answered == status
+    assert message in answer["error"]["message"]
+
+
 def test_a_classification_equals_that_of_tag(url: str) -> None:
     names, templates = ["red", "blue", "dog"], ("a photo of {}", "{}")
     model, processor = shared_model()
@@ -170,6 +233,7 @@ def test_labels_whose_prompts_are_truncated_are_listed(url: str) -> None:
         ({"input": ["a", " \t\x1f\u2003"]}, "input.1: a text must not be blank", "input.1"),
         ({"input": float("nan")}, "not token ids", "input"),
         ({"input": ["a", 3]}, "not token ids", "input.1"),
+        ({"input": {"type": "audio"}}, "'text', 'image_url'", "input"),
         ({"input": "a", "dimensions": 1000}, "not 1000", "dimensions"),
         ({"input": "a", "dimensions": True}, "valid integer", "dimensions"),
         ({"input": "a", "encoding_format": "hex"}, "'float' or 'base64'", "encoding_format"),
@@ -270,7 +334,7 @@ def test_health_and_metrics_tell_what_happens(url: str) -> None:
         "status": "ok", "model": MODEL_NAME, "modalities": ["text", "image"], "embedding_dim": 32,
         "max_text_length": 32, "num_pending": 0, "num_images": None, "index_error": None,
         "far_images": False,
-        "working_routes": ["/v1/embeddings", "/v2/embed", "/v1/classify"],
+        "working_routes": ["/v1/embeddings", "/v2/embed", "/api/embed", "/v1/classify"],
     }  # fmt: skip
     with urllib.request.urlopen(f"{url}/metrics") as response:
         lines = response.read().decode().splitlines()

@@ -138,7 +138,12 @@ def test_an_index_that_is_gone_fails_searches_alone_until_it_is_back(
             health = read_health(url)
             assert health["status"] == "degraded" and message in health["index_error"]
             assert health["num_images"] is None
-            assert health["working_routes"] == ["/v1/embeddings", "/v2/embed", "/v1/classify"]
+            assert health["working_routes"] == [
+                "/v1/embeddings",
+                "/v2/embed",
+                "/api/embed",
+                "/v1/classify",
+            ]
         shutil.rmtree(database)
         shutil.copytree(folder / "db", database)
         assert search(url, {"queries": ["a dog"]})[0] == 200
