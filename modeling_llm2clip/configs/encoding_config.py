@@ -37,9 +37,9 @@ class PrecisionConfig(DeviceConfig):
     """Device to run a model on, and dtype of its towers."""
 
     precision: Precision = "auto"
-    """Dtype of the towers. auto uses the stored dtype, but on GPUs with bfloat16 support, float32
-    towers run in bfloat16 if this hardly changes the embeddings of test inputs (cosines of at least
-    0.999)."""
+    """Dtype of the towers. auto uses the stored dtype, but on GPUs and CPUs that multiply bfloat16
+    in hardware, each float32 tower runs in bfloat16 if this hardly changes the embeddings of test
+    inputs (cosines of at least 0.999)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,7 @@ class EncoderConfig(BatchConfig):
 
     dtype: Literal["auto", "saved", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights. saved keeps the stored dtype. auto also keeps it, except that the
-    towers of an LLM2CLIP model may run in bfloat16 on a GPU, as with `precision` in other commands.
+    towers of an LLM2CLIP model may run in bfloat16, as with `precision` in other commands.
     """
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._suggestions import list_first
 from ..encoding.encode import encode_images, encode_texts
 from ..model_folders.golden_embeddings import measure_distances
+from ..model_folders.guarded_loading import LEAST_COSINE
 from .model_under_test import ModelUnderTest
 
 
@@ -77,6 +78,11 @@ def _find_cause(
         lost = torch.cat([tested.encode_by_hand(ids, num_unpooled=0) for ids in bare])
         if float(measure_distances(directions, lost).max()) <= tolerance:
             return " The prompt is missing."
+    if float(F.cosine_similarity(served, expected).min()) >= LEAST_COSINE:
+        return (
+            " The server may compute in bfloat16: start llm2clip serve with --precision float32, "
+            "or compare it with a folder exported in bfloat16."
+        )
     return ""
 
 

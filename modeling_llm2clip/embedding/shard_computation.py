@@ -212,6 +212,13 @@ def _open_work(plan: EncodingPlan[Any], writer: ShardedWriter[Any], rows: InputR
     """Load the tower in a Ray actor."""
     device = choose_device(plan.config.device)
     encoder = load_shard_encoder(Path(str(plan.source)), plan.modality, plan.config, device)
+    recorded, taken = (each.get("precision") for each in (writer.manifest.plan, encoder.plan))
+    if recorded != taken:
+        raise ValueError(
+            f"A machine of the Ray cluster runs the tower in {taken or 'its stored dtype'}, but "
+            f"the output is in {recorded or 'the stored dtype'}. Set the same precision for all "
+            "machines, such as float32."
+        )
     return ShardWork(writer, encoder, rows)
 
 

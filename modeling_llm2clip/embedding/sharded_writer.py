@@ -189,7 +189,8 @@ def read_begun(folder: Path, planned: _Manifest) -> _Manifest:
     if differences := list_differences(manifest.list_causes(), planned.list_causes()):
         raise ValueError(
             f"{folder} holds a different output: {'; '.join(differences)}. Choose a new folder, "
-            "or use the model, data and options that this output was started with."
+            "or use the model, data and options that this output was started with (--precision "
+            "float32 if it has no precision, because another processor may choose bfloat16)."
         )
     return manifest
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..packing_llm2clip import PACKED_ATTENTION
-from .devices import count_free_bytes, has_bfloat16
+from .devices import count_free_bytes, multiplies_bfloat16
 
 # Since torch 2.9, each operation of a backend has its own setting, and reading the old settings can
 # raise an error.
@@ -27,7 +27,7 @@ class DeviceTraits:
 
     Attributes:
         kind: Type of device, such as cpu or cuda.
-        has_bfloat16: Whether the device computes in bfloat16 natively.
+        has_bfloat16: Whether the device multiplies bfloat16 in hardware, faster than float32.
         free_bytes: Free memory of a GPU; 0 for other devices.
     """
 
@@ -38,7 +38,7 @@ class DeviceTraits:
     @classmethod
     def read(cls, device: torch.device) -> DeviceTraits:
         """Read the traits of a device as they are now."""
-        return cls(device.type, has_bfloat16(device), count_free_bytes(device))
+        return cls(device.type, multiplies_bfloat16(device), count_free_bytes(device))
 
 
 def choose_tower_dtype(
@@ -46,12 +46,12 @@ def choose_tower_dtype(
 ) -> tuple[torch.dtype, bool]:
     """Choose the dtype of the towers, and whether embeddings in that dtype must first be checked.
 
-    `auto` is the stored dtype, except that a GPU with bfloat16 runs float32 towers in bfloat16 if
-    that preserves their embeddings.
+    `auto` is the stored dtype, except that a device that multiplies bfloat16 in hardware runs each
+    float32 tower in bfloat16 if that preserves its embeddings.
     """
     if precision != "auto":
         return getattr(torch, precision), False
-    casts = traits.kind == "cuda" and traits.has_bfloat16 and stored == torch.float32
+    casts = traits.has_bfloat16 and stored == torch.float32
     return (torch.bfloat16, True) if casts else (stored, False)
 
 
@@ -60,13 +60,17 @@ def describe_precision(model: Any, stored: torch.dtype) -> dict[str, str]:
 
     Outputs record this description with the other options that determine their bytes.
     """
-    towers = [getattr(model, name, None) for name in ("text_model", "vision_model")]
-    tower = next(tower for tower in towers if tower is not None)
-    if tower.device.type == "cpu" and tower.dtype == stored:
+    towers = {name: getattr(model, f"{name}_model", None) for name in ("text", "vision")}
+    present = {name: tower for name, tower in towers.items() if tower is not None}
+    tower = next(iter(present.values()))
+    if tower.device.type == "cpu" and all(each.dtype == stored for each in present.values()):
         return {}
+    dtypes = {name: str(each.dtype).removeprefix("torch.") for name, each in present.items()}
+    distinct = {*dtypes.values()}
+    mixed = " and ".join(f"{dtype} {name}" for name, dtype in dtypes.items())
     attention = str(tower.config._attn_implementation)
     return {
-        "precision": str(tower.dtype).removeprefix("torch."),
+        "precision": mixed if len(distinct) > 1 else distinct.pop(),
         "device": tower.device.type,
         # An LLM that packs texts changes to this name on its first pass.
         "attention": "sdpa" if attention == PACKED_ATTENTION else attention,

@@ -136,15 +136,15 @@ class IndexEncoder:
     def describe_encoding(self) -> dict[str, str]:
         """Describe how images are encoded; empty for a CPU, the stored dtype and full decoding."""
         from ..encoding.batches import describe_decoding
+        from ..encoding.precision import DeviceTraits, choose_tower_dtype
         from ..model_folders.guarded_loading import find_stored_dtype
 
         described = describe_decoding(self.model.min_jpeg_side)
-        if self.model.device.type == "cpu" and self._precision in (None, "auto"):
+        traits, stored = DeviceTraits.read(self.model.device), find_stored_dtype(self._folder)
+        chosen = choose_tower_dtype(self._precision or "auto", traits, stored)
+        if traits.kind == "cpu" and chosen == (stored, False):
             return described  # without loading the vision tower
-        return {
-            **self.model.describe_precision("image", find_stored_dtype(self._folder)),
-            **described,
-        }
+        return {**self.model.describe_precision("image", stored), **described}
 
     def _encode_texts(self, texts: Sequence[str]) -> Any:
         from ..encoding.tokenized_texts import TokenizedTexts

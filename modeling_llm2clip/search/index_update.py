@@ -278,7 +278,8 @@ class FolderUpdate:
             raise ValueError(
                 f"{self.database.location} was indexed with other settings: "
                 f"{'; '.join(differences)}. Run llm2clip index with the original device, precision "
-                "and JPEG decoding, or choose a new database."
+                "(--precision float32 if none is recorded) and JPEG decoding, or choose a new "
+                "database."
             )
         if about.precision != precision:
             self.database.write_about(replace(about, precision=precision))

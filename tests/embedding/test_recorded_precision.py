@@ -83,6 +83,27 @@ def test_results_name_the_dtype_that_a_comparison_chose(
     assert describe(dtype="saved") == ("float32", None)
 
 
+def test_a_cpu_that_multiplies_bfloat16_uses_and_records_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, images = make_few_texts(6), save_images(tmp_path / "images")
+    exact = extract_captions(model, records, tmp_path / "exact")
+    fast_cpu = DeviceTraits("cpu", has_bfloat16=True)
+    monkeypatch.setattr(DeviceTraits, "read", lambda _: fast_cpu)
+    store = extract_captions(model, records, tmp_path / "store")
+    assert StoreManifest.read(store).plan == {**StoreManifest.read(exact).plan, **RECORD}
+    with pytest.raises(ValueError, match="--precision float32 if it has no precision"):
+        extract_captions(model, records, exact)
+    extract_captions(model, records, exact, replace(EXACT, precision="float32"))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=BOTH.format("'bfloat16'", None)):  # a slow CPU
+        extract_captions(model, records, store)
+    extract_captions(model, records, store, replace(EXACT, precision="bfloat16"))
+    pytest.importorskip("lancedb")
+    monkeypatch.setattr(DeviceTraits, "read", lambda _: fast_cpu)
+    assert build(model, images, tmp_path / "index")[0].about.precision == RECORD
+
+
 @pytest.mark.parametrize("config_type", [EmbedConfig, ServeConfig])
 def test_graphs_have_a_precision_of_their_own(config_type: type[EmbedConfig | ServeConfig]) -> None:
     with pytest.raises(ValueError, match="precision=float32: backend='onnx' runs graphs"):

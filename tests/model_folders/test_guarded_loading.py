@@ -1,6 +1,6 @@
 """Towers run in the dtype that device and option mean; bfloat16 by default only if it is close.
 
-A GPU is a value here: a CPU computes in bfloat16, too.
+A GPU, or a CPU that multiplies bfloat16, is a value here: every CPU computes in bfloat16, too.
 """
 
 from __future__ import annotations
@@ -16,11 +16,20 @@ from safetensors.torch import load_file, save_file
 from tiny_folders import export_tiny_model
 
 from benchmarks.accuracy.precision_effect import COSINE
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip import (
+    LLM2CLIPModel,
+    LLM2CLIPProcessor,
+    LLM2CLIPTextModel,
+    LLM2CLIPVisionModel,
+)
 from modeling_llm2clip.encoding import devices
 from modeling_llm2clip.encoding.devices import find_device
 from modeling_llm2clip.encoding.encode import encode_texts
-from modeling_llm2clip.encoding.precision import DeviceTraits, choose_tower_dtype
+from modeling_llm2clip.encoding.precision import (
+    DeviceTraits,
+    choose_tower_dtype,
+    describe_precision,
+)
 from modeling_llm2clip.model_folders import guarded_loading
 from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
 from modeling_llm2clip.model_folders.guarded_loading import LEAST_COSINE, load_in_precision
@@ -31,7 +40,8 @@ FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 GPU = DeviceTraits("cuda", has_bfloat16=True, free_bytes=2**40)
 FULL_GPU = DeviceTraits("cuda", has_bfloat16=True, free_bytes=0)
 OLD_GPU = DeviceTraits("cuda", has_bfloat16=False, free_bytes=2**40)
-MACHINE = DeviceTraits("cpu", has_bfloat16=True)
+MACHINE = DeviceTraits("cpu", has_bfloat16=False)
+FAST_CPU = DeviceTraits("cpu", has_bfloat16=True)
 
 
 @pytest.fixture
@@ -48,11 +58,20 @@ def disturb(folder: Path, tower: str = "text_model") -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def require_rounded(model: Any, folder: Path, *, towers: torch.dtype, heads: torch.dtype) -> None:
+def require_rounded(
+    model: Any,
+    folder: Path,
+    *,
+    towers: torch.dtype,
+    heads: torch.dtype,
+    vision: torch.dtype | None = None,
+) -> None:
     """Require each weight to be the stored one in the dtype of its part, bit for bit."""
     stored = load_file(folder / "model.safetensors")
+    of_vision = vision or towers
+    parts = {"text_model": towers, "vision_model": of_vision}
     for name, weight in model.named_parameters():
-        dtype = towers if name.startswith(("text_model.", "vision_model.")) else heads
+        dtype = parts.get(name.partition(".")[0], heads)
         dtype = FLOAT32 if name.startswith("logit_scale.") else dtype
         assert weight.dtype == dtype, name
         assert torch.equal(weight, stored[name].to(dtype)), name
@@ -63,7 +82,10 @@ def require_rounded(model: Any, folder: Path, *, towers: torch.dtype, heads: tor
     [
         ("auto", MACHINE, FLOAT32, (FLOAT32, False)),
         ("auto", MACHINE, BFLOAT16, (BFLOAT16, False)),
-        ("auto", DeviceTraits("mps", has_bfloat16=True), FLOAT32, (FLOAT32, False)),
+        ("auto", FAST_CPU, FLOAT32, (BFLOAT16, True)),
+        ("auto", FAST_CPU, torch.float16, (torch.float16, False)),
+        ("float32", FAST_CPU, FLOAT32, (FLOAT32, False)),
+        ("auto", DeviceTraits("mps", has_bfloat16=False), FLOAT32, (FLOAT32, False)),
         ("auto", GPU, FLOAT32, (BFLOAT16, True)),
         ("auto", GPU, torch.float16, (torch.float16, False)),
         ("auto", OLD_GPU, FLOAT32, (FLOAT32, False)),
@@ -78,8 +100,13 @@ def test_option_device_and_stored_dtype_determine_the_towers_dtype(
     assert choose_tower_dtype(precision, traits, stored) == chosen
 
 
-def test_a_gpu_rounds_towers_but_no_head_if_embeddings_stay(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("traits", "number"), [(GPU, 64), (FAST_CPU, 16)], ids=["GPU", "CPU"])
+def test_bfloat16_hardware_rounds_towers_but_no_head_if_embeddings_stay(
+    traits: DeviceTraits,
+    number: int,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     compared: list[dict[str, torch.Tensor]] = []
     embed = guarded_loading._embed_examples
@@ -89,12 +116,12 @@ def test_a_gpu_rounds_towers_but_no_head_if_embeddings_stay(
         return compared[-1]
 
     monkeypatch.setattr(guarded_loading, "_embed_examples", note)
-    model = load_in_precision(LLM2CLIPModel, folder, CPU, traits=GPU)
+    model = load_in_precision(LLM2CLIPModel, folder, CPU, traits=traits)
     counts = {name: len(embeds.unique(dim=0)) for name, embeds in compared[0].items()}
-    assert counts == dict.fromkeys(("text", "image", "text projected", "image projected"), 64)
+    assert counts == dict.fromkeys(("text", "image", "text projected", "image projected"), number)
     require_rounded(model, folder, towers=BFLOAT16, heads=FLOAT32)
     said = capsys.readouterr().err
-    assert "run in bfloat16" in said and "the same weights in float32" in said
+    assert said.count("runs in bfloat16") == 2 and "the same weights in float32" in said
     processor = LLM2CLIPProcessor.from_pretrained(folder)
     texts = ["a dog", "two red apples on a table"]
     rounded, exact = (
@@ -106,28 +133,38 @@ def test_a_gpu_rounds_towers_but_no_head_if_embeddings_stay(
 
 
 @pytest.mark.parametrize("tower", ["text_model", "vision_model"])
-@pytest.mark.parametrize("traits", [GPU, FULL_GPU], ids=["float32", "golden embeddings"])
-def test_towers_whose_embeddings_move_stay_in_float32(
+@pytest.mark.parametrize("traits", [GPU, FULL_GPU, FAST_CPU], ids=["GPU", "full GPU", "CPU"])
+def test_each_tower_stays_in_float32_by_itself(
     traits: DeviceTraits, tower: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     disturb(folder, tower)  # from its golden embeddings, too
     model = load_in_precision(LLM2CLIPModel, folder, CPU, traits=traits)
-    require_rounded(model, folder, towers=FLOAT32, heads=FLOAT32)
+    dtypes = {"text_model": BFLOAT16, "vision_model": BFLOAT16, tower: FLOAT32}
+    text, vision = dtypes["text_model"], dtypes["vision_model"]
+    require_rounded(model, folder, towers=text, vision=vision, heads=FLOAT32)
     said = capsys.readouterr().err
-    assert "run in float32: the smallest cosine" in said
-    assert len(COSINE.findall(said)) == 1  # the benchmark reads it there
+    assert f"The {tower.partition('_')[0]} tower runs in float32: the smallest cosine" in said
+    assert said.count("tower runs in bfloat16") == 1
+    described = describe_precision(model, FLOAT32)["precision"]
+    assert described == f"{text} text and {vision} vision".replace("torch.", "")
+    part = LLM2CLIPTextModel if tower == "text_model" else LLM2CLIPVisionModel
+    alone = load_in_precision(part, folder, CPU, traits=traits)  # compares only its tower
+    assert alone.dtype == FLOAT32 and describe_precision(alone, FLOAT32) == {}
+    assert len(COSINE.findall(capsys.readouterr().err)) == 1  # the benchmark reads it there
 
 
 @pytest.mark.parametrize("moved", [[1.0, 0.9], [1.0, torch.nan]])  # the first by 0.0014
-def test_one_embedding_that_moves_keeps_both_towers_in_float32(
+def test_one_embedding_that_moves_keeps_its_tower_in_float32(
     moved: list[float], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact, rounded = torch.ones(2, 64, 2)
     rounded[7] = torch.tensor(moved)
     embeds = iter([exact, rounded])
-    monkeypatch.setattr(guarded_loading, "_embed_examples", lambda *_, **__: {"text": next(embeds)})
+    monkeypatch.setattr(
+        guarded_loading, "_embed_examples", lambda *_, **__: {"text": next(embeds), "image": exact}
+    )
     model = load_in_precision(LLM2CLIPModel, folder, CPU, traits=GPU)
-    require_rounded(model, folder, towers=FLOAT32, heads=FLOAT32)
+    require_rounded(model, folder, towers=FLOAT32, vision=BFLOAT16, heads=FLOAT32)
 
 
 def test_without_memory_golden_embeddings_are_compared_or_nothing_is_rounded(
@@ -150,6 +187,7 @@ def test_a_bfloat16_folder_runs_as_stored_or_in_float32(tmp_path: Path) -> None:
         (MACHINE, "auto", BFLOAT16, BFLOAT16),
         (MACHINE, "bfloat16", BFLOAT16, BFLOAT16),
         (MACHINE, "float32", FLOAT32, FLOAT32),
+        (FAST_CPU, "auto", BFLOAT16, BFLOAT16),
         (GPU, "auto", BFLOAT16, FLOAT32),
     ):
         model = load_in_precision(LLM2CLIPModel, folder, CPU, precision, traits=traits)
