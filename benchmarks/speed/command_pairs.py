@@ -71,6 +71,8 @@ def main() -> None:
     output = Path(__file__).parents[1] / "results" / "command_pairs.json"
     parser.add_argument("--output", type=Path, default=output)
     arguments = parser.parse_args()
+    if arguments.data is None:
+        TASKS["evaluate"] += ["--languages", "en"]  # retrieval takes one language at a time
     with tempfile.TemporaryDirectory() as scratch:
         checkouts = {"before": arguments.before.resolve(), "after": ROOT}
         places = {
