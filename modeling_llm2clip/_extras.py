@@ -59,7 +59,7 @@ RAY = Need("ray", "ray", "the engine is Ray Data")
 RAY_SERVE = Need("ray", "ray", "replicas run under Ray Serve")
 SERVE = tuple(
     Need(module, "serve", "serves the model over HTTP")
-    for module in ("fastapi", "prometheus_client", "uvicorn")
+    for module in ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
 )
 PAGE = Need("gradio", "serve", "shows the page at / (--no-page disables it)")
 ANN = Need("faiss", "ann", "finds the nearest of more than 20,000 groups of captions")

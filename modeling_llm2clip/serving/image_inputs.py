@@ -34,7 +34,7 @@ class ImageInputs:
     """Reads the images in requests, within the server's limits."""
 
     def __init__(self, config: ServeConfig) -> None:
-        limits = get_image_limits(**config.list_limits())
+        self._limits = limits = get_image_limits(**config.list_limits())
         self._max_bytes = int(limits.max_image_mb * 1e6)
         self._max_total = int(config.max_request_mb * 1e6)
         self._fetcher: UrlFetcher | None = None
@@ -76,6 +76,11 @@ class ImageInputs:
             content = base64.b64decode(text.translate(_WHITESPACE), validate=True)
         except ValueError:  # also for non-ASCII characters
             raise _refuse(f"An image is not valid base64 ({text[:_SHOWN]!r}). {_WANTED}") from None
+        self.require_size(content)
+        return content
+
+    def require_size(self, content: bytes) -> None:
+        """Raise RequestError if an image is empty or too large."""
         if not content:
             raise _refuse("An image is empty.")
         if len(content) > self._max_bytes:
@@ -85,7 +90,11 @@ class ImageInputs:
                 "server with a larger --max-image-mb.",
                 code="image_too_large",
             )
-        return content
+
+    def measure(self, content: bytes) -> dict[str, int]:
+        """Return the size in the header of an image that was decoded before, in immich's fields."""
+        with read_image_header(io.BytesIO(content), name="image", limits=self._limits) as image:
+            return {"imageHeight": image.height, "imageWidth": image.width}
 
 
 def decode_sent_image(content: bytes, limits: ImageLimits) -> Image.Image:

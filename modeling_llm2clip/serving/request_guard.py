@@ -31,7 +31,7 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _OPEN_PATHS = ("/health",)  # for load balancers, which have no key
-API_PREFIXES = ("/v1/", "/v2/", "/api/")
+API_PREFIXES = ("/v1/", "/v2/", "/api/", "/predict")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _CLIENT_LEFT = 499  # nginx's status for a client that disconnects; only metrics show it
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -14,11 +14,12 @@ from datetime import datetime
 from typing import Annotated, Any, TypeAlias
 
 import numpy as np
-from fastapi import APIRouter, Body, FastAPI, Request, Response
+from fastapi import APIRouter, Body, FastAPI, File, Form, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
 from numpy.typing import NDArray
+from pydantic import Json
 from starlette.exceptions import HTTPException
 
 from .._environment import list_versions
@@ -246,6 +247,46 @@ def _add_other_protocols(router: APIRouter, service: EmbeddingService, images: I
             )
         )
 
+    @router.get("/ping", tags=["immich"], response_class=PlainTextResponse)
+    async def ping() -> Response:
+        """Report to immich that the server is running."""
+        return PlainTextResponse("pong", 200 if service.is_alive else 503)
+
+    @router.post("/predict", tags=["immich"], response_model=schemas.ImmichResponse)
+    async def embed_for_immich(
+        entries: Annotated[Json[dict[str, dict[str, Any]]], Form()],
+        text: Annotated[schemas.Text | None, Form()] = None,
+        image: Annotated[bytes | None, File()] = None,
+    ) -> Response:
+        """Embed a text or an image as immich's machine-learning service does.
+
+        `entries` is `{"clip": {"textual": {}}}` for `text`, or `{"clip": {"visual": {}}}` for
+        `image`. The names of models in it have no effect, and other tasks are refused.
+        """
+        sent = {("clip", "textual"): text, ("clip", "visual"): image}
+        asked = [(task, kind) for task, kinds in entries.items() for kind in kinds]
+        if len(asked) != 1 or asked[0] not in sent:
+            raise RequestError(
+                404,
+                "This server has the tasks clip/textual and clip/visual, one per request, not "
+                f"{json.dumps(entries)[:_SHOWN]}.",
+                param="entries",
+                code="task_not_found",
+            )
+        value = sent[asked[0]]
+        if value is None:
+            raise RequestError(400, "Send `text` for clip/textual, and `image` for clip/visual.")
+        if isinstance(value, bytes):
+            images.require_size(value)
+        result = await service.embed([value])
+
+        def write() -> Response:
+            content = {"clip": _dump(_encode(result.embeds, "float")[0])}
+            sizes = images.measure(value) if isinstance(value, bytes) else {}
+            return JsonResponse(content | sizes)
+
+        return await asyncio.to_thread(write)
+
 
 def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs) -> None:
     @router.post(
@@ -374,7 +415,7 @@ def _add_monitoring(app: FastAPI, service: EmbeddingService, metrics: ServerMetr
         encoder = service.encoder
         num_images, index_error = await service.find_index_error()
         status = "ok" if index_error is None else "degraded"
-        routes = ["/v1/embeddings", "/v2/embed", "/api/embed"]
+        routes = ["/v1/embeddings", "/v2/embed", "/api/embed", "/predict"]
         routes += ["/v1/classify"] if encoder.logit_rule is not None else []
         routes += ["/v1/search"] if num_images is not None else []
         state = {
@@ -433,13 +474,13 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def refuse_invalid(request: Request, error: RequestValidationError) -> Response:
-        if not _says_json(request):
+        errors = error.errors()
+        param = _name_field(errors[0]) or None
+        if param is None and not _says_json(request):
             return respond(
                 RequestError(400, "The body must be JSON. Send Content-Type: application/json.")
             )
-        errors = error.errors()
         described = list_first(map(_describe, errors), "; ")
-        param = _name_field(errors[0]) or None
         return respond(RequestError(400, described, param=param, code="invalid_request"))
 
     @app.exception_handler(HTTPException)

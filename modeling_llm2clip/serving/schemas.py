@@ -369,6 +369,14 @@ class OllamaResponse(BaseModel):
     prompt_eval_count: int = Field(description="Tokens of the texts, prompts included.")
 
 
+class ImmichResponse(BaseModel):
+    """The response of immich's machine-learning service; the sizes are those of an image."""
+
+    clip: str = Field(description="The embedding, as a JSON array.")
+    imageHeight: int | None = None  # noqa: N815
+    imageWidth: int | None = None  # noqa: N815
+
+
 class LabelScore(BaseModel):
     """A label of an image."""
 

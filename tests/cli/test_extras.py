@@ -27,6 +27,7 @@ EXTRAS = SETUP["options.extras_require"]
 # Distributions that are not called as what they hold is imported.
 DISTRIBUTIONS = {"faiss": "faiss-cpu", "open_clip": "open_clip_torch",
                  "prometheus_client": "prometheus-client",
+                 "python_multipart": "python-multipart",
                  "sentence_transformers": "sentence-transformers"}  # fmt: skip
 # Installed by what `install_requires` names: huggingface_hub has the first three, cyclopts the
 # next, transformers the next, pydantic the next three; fastapi the next, onnxscript the last.

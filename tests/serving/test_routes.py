@@ -334,7 +334,7 @@ def test_health_and_metrics_tell_what_happens(url: str) -> None:
         "status": "ok", "model": MODEL_NAME, "modalities": ["text", "image"], "embedding_dim": 32,
         "max_text_length": 32, "num_pending": 0, "num_images": None, "index_error": None,
         "far_images": False,
-        "working_routes": ["/v1/embeddings", "/v2/embed", "/api/embed", "/v1/classify"],
+        "working_routes": ["/v1/embeddings", "/v2/embed", "/api/embed", "/predict", "/v1/classify"],
     }  # fmt: skip
     with urllib.request.urlopen(f"{url}/metrics") as response:
         lines = response.read().decode().splitlines()

@@ -142,6 +142,7 @@ def test_an_index_that_is_gone_fails_searches_alone_until_it_is_back(
                 "/v1/embeddings",
                 "/v2/embed",
                 "/api/embed",
+                "/predict",
                 "/v1/classify",
             ]
         shutil.rmtree(database)
