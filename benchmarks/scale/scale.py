@@ -2,7 +2,7 @@
 
     python -m benchmarks.scale.scale records --counts 10000 100000 1000000 10000000
     python -m benchmarks.scale.scale stages --counts 10000 100000 1000000
-    python -m benchmarks.scale.scale store | finetune | streams | engines | plan
+    python -m benchmarks.scale.scale recipes | store | finetune | streams | engines | plan
 
 Records are captions of the embedded emoji, made different by a number, with the emoji's images.
 Each measurement is a process of its own. A part adds its figures to `results/scale.json` and leaves
@@ -33,7 +33,13 @@ from benchmarks.scale import scale_finetune, scale_store, scale_streams
 from benchmarks.scale.scale_engines import measure_engines
 from benchmarks.scale.scale_plan import plan
 from benchmarks.scale.scale_records import write_records
-from benchmarks.scale.scale_stages import STAGES, measure_stage, prepare_stage
+from benchmarks.scale.scale_stages import (
+    STAGES,
+    measure_stage,
+    plan_recipes,
+    prepare_recipes,
+    prepare_stage,
+)
 from benchmarks.shared.provenance import describe_processor, read_commit
 
 _OUTPUT = Path(__file__).parents[1] / "results" / "scale.json"
@@ -195,6 +201,21 @@ def _measure_stages(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"counts": rows, "bytes_per_record": slopes}
 
 
+def _measure_recipes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Make the dry runs of the paper's recipes on several counts, and fit how they grow."""
+    rows: list[dict[str, Any]] = []
+    for count in arguments.counts:
+        _run("prepare-recipes", arguments, count=count)
+        rows.append({"records": count, **_run("recipes", arguments, count=count)})
+    slopes = {n: round(_fit_slope(rows, n), 2) for n in ("resident_mb", "private_mb")}
+    seconds = _fit_slope(rows, "cpu_seconds") / _MB
+    return {
+        "counts": rows,
+        "bytes_per_record": slopes,
+        "cpu_microseconds_per_record": round(seconds * 1e6, 2),
+    }
+
+
 def _measure_store(arguments: argparse.Namespace) -> dict[str, Any]:
     """Read rows beside numpy, Arrow and Lance; complete and open a store of 100 million rows."""
     reading = scale_store.measure_reading(arguments.folder / "rows")
@@ -242,6 +263,7 @@ def read_memory() -> dict[str, float]:
 _PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "records": _measure_records,
     "stages": _measure_stages,
+    "recipes": _measure_recipes,
     "store": _measure_store,
     "finetune": _measure_finetuning,
     "streams": _measure_streaming,
@@ -252,6 +274,8 @@ _MEASUREMENTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "open": _open,
     "prepare": lambda a: prepare_stage(a.stage, a.folder, a.count),
     "stage": lambda a: measure_stage(a.stage, a.folder, a.count),
+    "prepare-recipes": lambda a: prepare_recipes(a.folder, a.count),
+    "recipes": lambda a: plan_recipes(a.folder, a.count),
 }
 
 if __name__ == "__main__":

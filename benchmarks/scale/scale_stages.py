@@ -1,4 +1,4 @@
-"""The starts of `extract` and `align` on many records: memory of each process, and seconds.
+"""The starts of `extract` and `align`, and dry runs of recipes, on many records.
 
 Called by `scale.py`; `finetune-llm` is measured by `scale_finetune.py`. Embeddings are random and
 narrow, because a start does not depend on their width.
@@ -10,10 +10,13 @@ import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 STAGES = ("extract", "align")
+_FEW = 5000
+_PAPER = Path(__file__).parents[2] / "examples" / "recipes" / "paper"
 _WIDTHS = {"caption_embeds": 64, "vision_embeds": 32}
 _BATCH = 4096
 _STEPS = 4
@@ -138,6 +141,80 @@ def _start_alignment(folder: Path, count: int) -> dict[str, Any]:
         "worker_private_mb": round(max(private) / 1e6, 1),
         "workers": len(private),
     }
+
+
+def prepare_recipes(folder: Path, count: int) -> dict[str, Any]:
+    """Write records for the recipes of the paper, and index them.
+
+    Args:
+        folder: gets a folder named by the number of records.
+        count: number of records.
+    """
+    from benchmarks.scale.scale_records import write_records
+    from modeling_llm2clip.recipes.recipe_plan import read_split
+
+    write_records(folder / str(count), count, of_paper=True)
+    read_split(_read_recipes(folder, count)[0])
+    return {}
+
+
+def plan_recipes(folder: Path, count: int) -> dict[str, Any]:
+    """Make the dry run of every recipe of the paper in this process.
+
+    The towers pass for downloaded, the evaluation datasets are left out, and the records are open.
+
+    Args:
+        folder: as `prepare_recipes` left it.
+        count: number of records.
+
+    Returns:
+        The most CPU seconds and MB of a recipe, the latter beyond those after a dry run on few
+        records, and the seconds of each.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    from modeling_llm2clip.recipes.recipe_plan import read_split
+    from modeling_llm2clip.recipes.train import plan_train
+
+    constants.HF_HUB_CACHE = str(folder / "hub")
+    recipes = _read_recipes(folder, count)
+    towers = {tower for each in recipes for tower in (each.vision_model, each.text_model)}
+    for tower in towers:
+        cached = folder / "hub" / repo_folder_name(repo_id=tower, repo_type="model")
+        (cached / "snapshots").mkdir(parents=True, exist_ok=True)
+    records, test = read_split(recipes[0])
+    plan_train(recipes[0], (records[:_FEW], test))
+    seconds, gained = {}, []
+    for recipe in recipes:
+        with PeakMemory() as memory:
+            begin = time.process_time()
+            plan_train(recipe, (records, test))
+            seconds[recipe.output.name] = round(time.process_time() - begin, 2)
+        gained.append(memory.describe())
+    return {
+        "cpu_seconds": max(seconds.values()),
+        **{name: max(row[name] for row in gained) for name in gained[0]},
+        "cpu_seconds_of": seconds,
+    }
+
+
+def list_recipes() -> list[Path]:
+    """List the recipes of the paper."""
+    return sorted(file for file in _PAPER.glob("*.yaml") if file.stem != "base")
+
+
+def _read_recipes(folder: Path, count: int) -> list[Any]:
+    from modeling_llm2clip.configs.config_fields import read_config
+    from modeling_llm2clip.configs.train_config import TrainConfig
+
+    files = list_recipes()
+    changed = {"data": str(folder / str(count)), "check_images": False, "device": "cpu"}
+    recipes = [read_config(file, TrainConfig) for file in files]
+    return [
+        replace(recipe, eval_datasets=(), output=folder / "runs" / file.stem, **changed)
+        for recipe, file in zip(recipes, files, strict=True)
+    ]
 
 
 def write_stores(folder: Path, count: int, widths: Mapping[str, int]) -> None:

@@ -134,6 +134,7 @@ def _render_scale(report: dict[str, Any]) -> str:
     draw = {
         "records": _draw_records,
         "stages": _draw_stages,
+        "recipes": _draw_recipes,
         "finetune": _draw_finetuning,
         "store": _draw_store,
         "streams": _draw_streams,
@@ -180,6 +181,27 @@ def _draw_stages(part: dict[str, Any]) -> str:
             f"{row['resident_mb']:.0f}",
         )
         for row in sorted(part["counts"], key=lambda row: (row["stage"], row["records"]))
+    ]
+    return draw_table(heads, rows)
+
+
+def _draw_recipes(part: dict[str, Any]) -> str:
+    heads = (
+        "dry run of a paper's recipe",
+        "records",
+        "CPU seconds",
+        "private MB gained",
+        "with mapped pages",
+    )
+    rows = [
+        (
+            f"slowest of {len(row['cpu_seconds_of'])}",
+            f"{row['records']:,}",
+            f"{row['cpu_seconds']:.1f}",
+            f"{row['private_mb']:.0f}",
+            f"{row['resident_mb']:.0f}",
+        )
+        for row in part["counts"]
     ]
     return draw_table(heads, rows)
 

@@ -116,9 +116,9 @@ def train(
         raise StageInterrupt(error.stopped, error.signal, resume=False) from None
 
 
-def plan_train(config: TrainConfig) -> RecipePlan:
+def plan_train(config: TrainConfig, records: Split | None = None) -> RecipePlan:
     """Run every check that `train` makes before it starts, without writing anything."""
-    config, split, _ = _check(config, None)
+    config, split, _ = _check(config, records)
     return plan_recipe(config, split)
 
 

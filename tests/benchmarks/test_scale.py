@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
-from benchmarks.scale import scale_paper, scale_plan, scale_store, scale_streams
+from benchmarks.scale import scale_paper, scale_plan, scale_stages, scale_store, scale_streams
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 
 
@@ -45,6 +46,24 @@ def test_small_measures_have_every_number(tmp_path: Path) -> None:
     assert streams.pop("images") == 12 and len(streams) == 4
     numbers = [number for row in parquet.values() for number in row.values()]
     assert all(number > 0 for number in (*numbers, *streams.values()))
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_every_recipe_of_the_paper_is_planned_in_two_seconds_and_a_gigabyte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "replaced")  # restored afterwards
+    scale_stages.prepare_recipes(tmp_path, 5000)
+    small = scale_stages.plan_recipes(tmp_path, 5000)
+    files = scale_stages.list_recipes()
+    assert list(small["cpu_seconds_of"]) == [file.stem for file in files] and len(files) > 10
+    assert not (tmp_path / "runs").exists()
+    recorded = json.loads(scale_paper.OUTPUT.with_name("scale.json").read_text("utf-8"))["recipes"]
+    large = recorded["counts"][-1]
+    assert small["cpu_seconds_of"].keys() == large["cpu_seconds_of"].keys()
+    assert large["records"] == 1_000_000 and 0 < large["cpu_seconds"] < 2
+    assert 0 < large["resident_mb"] < 1000
+    assert recorded["bytes_per_record"]["resident_mb"] < 1000
 
 
 def test_the_recorded_plan_follows_from_the_recorded_measurements() -> None:
