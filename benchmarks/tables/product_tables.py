@@ -142,7 +142,8 @@ def _render_scale(report: dict[str, Any]) -> str:
     }
     parts = {name: report[name] for name in draw if name in report}
     tables = [draw[name](part) for name, part in parts.items()]
-    machines = (f"{part['processor']}, {part['cores']} cores" for part in parts.values())
+    names = [part["processor"].partition(" (")[0] for part in parts.values()]
+    machines = (f"{n}, {p['cores']} cores" for n, p in zip(names, parts.values(), strict=True))
     if "plan" in report:
         tables.append(_draw_plan(report["plan"]))
     hardware = " and ".join(dict.fromkeys(machines))
@@ -197,7 +198,7 @@ def _draw_recipes(part: dict[str, Any]) -> str:
         (
             f"slowest of {len(row['cpu_seconds_of'])}",
             f"{row['records']:,}",
-            f"{row['cpu_seconds']:.1f}",
+            f"{row['cpu_seconds']:.2f}",
             f"{row['private_mb']:.0f}",
             f"{row['resident_mb']:.0f}",
         )
