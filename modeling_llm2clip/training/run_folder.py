@@ -57,6 +57,16 @@ _BESIDE = (NEAREST_FILE, INHERITED_FILE)
 # Options that may change on resume because they do not affect the results. Weights and stores are
 # compared by content, so their paths may change.
 _MAY_DIFFER = {"num_workers", "report_to", "save_steps", "source", "folder"}
+_FIXED_STEPS = (
+    "The learning rate decays over the planned steps, so their number is fixed: to train longer, "
+    "start a new run from this run's result."
+)
+# Why an option of this name cannot change, if that is not obvious.
+_REASONS = {
+    "max_steps": _FIXED_STEPS,
+    "num_train_epochs": _FIXED_STEPS,
+    "num_processes": "Each process has its own random numbers, so their number is fixed.",
+}
 _CHECKPOINTS_KEPT = 2
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _ATTEMPTS = 100
@@ -151,8 +161,11 @@ def require_same_run(
         and earlier.get(name) != now.get(name)
     ]
     if different:
+        names = [line.partition(":")[0].rpartition(".")[2] for line in different]
+        reasons = dict.fromkeys(_REASONS[name] for name in names if name in _REASONS)
         raise ValueError(
-            f"{folder} contains another run: {'; '.join(different)}. Choose a new folder."
+            f"{folder} contains another run: {'; '.join(different)}. "
+            f"{' '.join([*reasons, 'Choose a new folder.'])}"
         )
     require_intact_checkpoint(folder)
 

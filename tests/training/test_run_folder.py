@@ -21,6 +21,7 @@ from aligning import NUM_RECORDS, KillAtBegin, Prepared, Run, names_that_differ,
 from launches import ROOT
 from safetensors.torch import load_file, save_file
 from tiny import draw_noise
+from tiny_recipe import read_files
 from tuning import SHORT, Tuned, tune
 
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
@@ -115,15 +116,25 @@ def test_a_fine_tuning_needs_the_same_llm_processes_and_precision(
     run = tuned.copy_unfinished(tmp_path / "run")
     record = read_sealed((run / "run.json").read_text())
     llm = {"fingerprint": {**record["inputs"]["fingerprint"], "weights": 1}}
-    for name, value, changed in (
-        ("num_processes", 2, {"num_processes": 2}),
-        ("in_bfloat16", True, {"in_bfloat16": True}),
-        (r"fingerprint\.weights", 1, llm),
+    for name, value, changed, reason in (
+        ("num_processes", 2, {"num_processes": 2}, "Each process has its own random numbers.* Cho"),
+        ("in_bfloat16", True, {"in_bfloat16": True}, "Cho"),
+        (r"fingerprint\.weights", 1, llm, "Cho"),
     ):
         edited = {**record, "inputs": {**record["inputs"], **changed}}
         (run / "run.json").write_text(write_sealed(edited))
-        with pytest.raises(ValueError, match=rf"another run: {name}: {value} then, \S+ now\. Cho"):
+        message = rf"another run: {name}: {value} then, \S+ now\. {reason}ose a new folder"
+        with pytest.raises(ValueError, match=message):
             tune(run, resume=True)
+
+
+def test_more_steps_are_refused_with_a_way_to_train_longer(tuned: Tuned, tmp_path: Path) -> None:
+    run = tuned.copy_unfinished(tmp_path / "run")
+    before = read_files(run)
+    message = r"max_steps: 6 then, 9 now.* decays .* start a new run from this run's result\. Cho"
+    with pytest.raises(ValueError, match=message):
+        tune(run, replace(SHORT, max_steps=9), resume=True)
+    assert read_files(run) == before
 
 
 @pytest.mark.parametrize(
