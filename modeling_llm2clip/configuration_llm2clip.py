@@ -33,14 +33,15 @@ LOGIT_SCALE_INIT = math.log(1 / 0.07)  # arXiv:2103.00020, section 2.5
 HEADS = ("text_adapter", "text_projection", "visual_projection")
 VISION_POOLINGS = ("pooler", "cls", "mean", "patch_mean")
 
-# Fields that transformers and transformers.js read from or write to any config.json; others cause
-# a warning. Before transformers 5.17, Trainer writes the tokenizer's three token ids. They are kept
-# but have no effect, because the model reads the LLM's ids.
+# Fields that other libraries read from or write to a config.json; others cause a warning. Before
+# transformers 5.17, Trainer writes the tokenizer's three token ids. They are kept but have no
+# effect, because the model reads the LLM's ids.
 _BASE_FIELDS = {
     "bos_token_id", "eos_token_id", "pad_token_id",
     "auto_map", "model_type", "torch_dtype", "attn_implementation", "experts_implementation",
     "name_or_path", "num_labels", "quantization_config", "use_cache", "tie_word_embeddings",
     "label2id", "id2label", "transformers.js_config",
+    "hidden_size", "max_position_embeddings", "num_hidden_layers",  # of an ONNX export, for TEI
 }  # fmt: skip
 
 

@@ -55,7 +55,7 @@ MADE_BY_READERS = (
     "tuned", "built", "evaluation", "text-only", "to-publish", "tower", "caption", "image", "val",
     "<name>", "site", "onnx", "microsoft", "meta-llama", "openai", "facebook", "HuggingFaceTB",
     "texts.csv", "texts.jsonl", "texts.parquet", "Qwen", "google", "swiss-ai", "timm",
-    ".agents", "found",
+    ".agents", "found", "1_Pooling",
 )  # fmt: skip
 # Files that the how-tos write.
 NEW_FILES = {

@@ -18,10 +18,12 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from .encode import raise_malloc_thresholds
 from .encoder_interface import Encoder
 
-# Names of the graphs' inputs and outputs, the same as in the model's own forward.
+# Names of the graphs' inputs and outputs, the same as in the model's own forward, but for the name
+# of a text-only graph's output in TEI and sentence-transformers.
 TEXT_INPUTS = ("input_ids", "attention_mask")
 NUM_UNPOOLED = "num_unpooled"
 TEXT_OUTPUT = "text_embeds"
+TEXT_ONLY_OUTPUT = "sentence_embedding"
 IMAGE_INPUT = "pixel_values"
 IMAGE_OUTPUT = "image_embeds"
 _SHOWN = 200  # characters of an ONNX Runtime error
@@ -65,19 +67,20 @@ class OnnxEncoder(Encoder):
         inputs = dict(zip(TEXT_INPUTS, (input_ids.numpy(), attention_mask.numpy()), strict=True))
         if num_unpooled is not None:
             inputs[NUM_UNPOOLED] = torch.tensor(num_unpooled).numpy()
-        return _run(self._sessions["text"], TEXT_OUTPUT, inputs)
+        return _run(self._sessions["text"], inputs)
 
     def encode_pixels(self, pixel_values: Tensor, **_: Tensor) -> Tensor:
         """Run the vision graph on one batch, (B, 3, H, W) float32; returns (B, P)."""
         raise_malloc_thresholds()
-        return _run(self._sessions["image"], IMAGE_OUTPUT, {IMAGE_INPUT: pixel_values.numpy()})
+        return _run(self._sessions["image"], {IMAGE_INPUT: pixel_values.numpy()})
 
 
-def _run(session: Any, output: str, inputs: dict[str, Any]) -> Tensor:
+def _run(session: Any, inputs: dict[str, Any]) -> Tensor:
+    """Run a graph and return its only output."""
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
     try:
-        return torch.from_numpy(session.run([output], inputs)[0])
+        return torch.from_numpy(session.run(None, inputs)[0])
     except (errors.Fail, errors.InvalidArgument, errors.RuntimeException) as error:
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
         reason = " ".join(str(error).split())[:_SHOWN]

@@ -26,8 +26,12 @@ DTYPES: dict[TextWeights, str] = {"float32": "fp32", "int8": "q8", "int4": "q4"}
 _TOWERS = {"text": "text_model", "image": "vision_model"}
 
 
-def graph_file(folder: Path, modality: str, weights: TextWeights = "float32") -> Path:
-    return folder / GRAPHS / f"{_TOWERS[modality]}{SUFFIXES[weights]}.onnx"
+def graph_file(
+    folder: Path, modality: str, weights: TextWeights = "float32", *, is_only: bool = False
+) -> Path:
+    """Return the file of a graph; TEI reads a text graph that is the folder's only tower."""
+    name = "model" if is_only and modality == "text" else _TOWERS[modality]
+    return folder / GRAPHS / f"{name}{SUFFIXES[weights]}.onnx"
 
 
 def data_file(graph: Path) -> Path:
@@ -93,7 +97,7 @@ def load_onnx_encoder(
 
     folder = find_onnx_folder(source, revision=revision)
     record = read_onnx_record(folder)
-    there = [name for name in modalities if _list_weights(folder, name)]
+    there = [name for name in modalities if _list_graphs(folder, name)]
     graphs = {name: choose_graph(folder, name, weights) for name in there or modalities}
     sessions = {n: open_session(graph, num_threads=num_threads) for n, graph in graphs.items()}
     processor = LLM2CLIPProcessor.from_pretrained(folder, local_files_only=True)
@@ -107,20 +111,26 @@ def choose_graph(folder: Path, modality: str, weights: TextWeights | None) -> Pa
 
     With `weights=None`, the most exact weights available are chosen.
     """
-    there = _list_weights(folder, modality)
-    if not there:
+    graphs = _list_graphs(folder, modality)
+    if not graphs:
         raise ValueError(f"{folder} has no graph for {modality}s. Export the whole model.")
-    chosen = there[0] if weights is None or modality == "image" else weights
-    if chosen not in there:
+    chosen = next(iter(graphs)) if weights is None or modality == "image" else weights
+    if chosen not in graphs:
         raise ValueError(
-            f"{folder} has text graphs with {', '.join(there)} weights, but none with {chosen}. "
+            f"{folder} has text graphs with {', '.join(graphs)} weights, but none with {chosen}. "
             "Choose one of these, or export the model again with --onnx-weights."
         )
-    return graph_file(folder, modality, chosen)
+    return graphs[chosen]
 
 
-def _list_weights(folder: Path, modality: str) -> list[TextWeights]:
-    return [name for name in SUFFIXES if graph_file(folder, modality, name).is_file()]
+def _list_graphs(folder: Path, modality: str) -> dict[TextWeights, Path]:
+    """Return the files of a modality's graphs by their weights, the most exact first."""
+    files = (
+        (weights, graph_file(folder, modality, weights, is_only=is_only))
+        for weights in SUFFIXES
+        for is_only in (False, True)
+    )
+    return {weights: file for weights, file in files if file.is_file()}
 
 
 def fingerprint_graph(folder: Path, modality: str, weights: TextWeights | None) -> dict[str, str]:

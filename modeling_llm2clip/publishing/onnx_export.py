@@ -24,7 +24,13 @@ from ..configs.encoding_config import TextWeights
 from ..configs.export_config import ExportConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import atomic_folder
-from ..encoding.onnx_encoding import IMAGE_INPUT, TEXT_INPUTS, OnnxEncoder
+from ..encoding.onnx_encoding import (
+    IMAGE_INPUT,
+    TEXT_INPUTS,
+    TEXT_ONLY_OUTPUT,
+    TEXT_OUTPUT,
+    OnnxEncoder,
+)
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.golden_embeddings import GOLDEN_FILE, require_golden
@@ -68,6 +74,7 @@ from .onnx_graphs import (
 SCRIPT = "encode.py"
 _RECORD_FORMAT = 1
 _TOWERS = {"text": "text", "image": "vision"}
+_ANY_POOLING = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
 _SCRIPT_USE = f"""\
 `python {SCRIPT} "a dog" dog.jpg` encodes a text and an image; it needs only `onnxruntime`,
 `tokenizers`, `pillow` and `numpy`. """
@@ -88,7 +95,8 @@ def export_onnx(folder: Path, output: str | Path, config: ExportConfig) -> Path:
     """Export a model folder; write nothing unless every graph passes its check.
 
     Writes `onnx/text_model.onnx`, `onnx/vision_model.onnx`, graphs with quantized weights,
-    tokenizer, processor, configuration, golden embeddings, script, record and card.
+    tokenizer, processor, configuration, golden embeddings, script, record and card. A text-only
+    export has `onnx/model.onnx` and the files with which TEI serves it.
     """
     require(*ONNX_EXPORT)
     _require_parts(folder, config)
@@ -148,6 +156,7 @@ class _OnnxWriter:
 
     def __init__(self, source: Path, folder: Path, config: ExportConfig) -> None:
         self.folder, self.config = folder, config
+        self.is_text_only = config.components == "text"
         self.graphs: dict[str, dict[str, Any]] = {}
         self.versions: dict[str, int] = {}  # of ONNX's operators and of its file format
         model_class = MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]]
@@ -163,11 +172,12 @@ class _OnnxWriter:
 
     def write_text_graphs(self) -> None:
         """Write and check the text tower in float32, then each requested quantized version."""
-        file = graph_file(self.folder, "text")
+        file = graph_file(self.folder, "text", is_only=self.is_text_only)
         texts = self.reference.inputs.texts
         short_and_long = self.reference.processor(text=[texts[0], *texts[-2:]])
         inputs: Mapping[str, Tensor] = {name: short_and_long[name] for name in TEXT_INPUTS}
-        graph = write_text_graph(self.reference.model, inputs, file)
+        output = TEXT_ONLY_OUTPUT if self.is_text_only else TEXT_OUTPUT
+        graph = write_text_graph(self.reference.model, inputs, file, output=output)
         figures = check_text_graph(self._encoder(text=file), self.reference)
         self._record(graph, file, figures)
         for weights in (name for name in self.config.onnx_weights if name != "float32"):
@@ -178,7 +188,7 @@ class _OnnxWriter:
             del self.graphs[_name(file)]
 
     def _write_rounded(self, source: Path, weights: TextWeights) -> None:
-        file = graph_file(self.folder, "text", weights)
+        file = graph_file(self.folder, "text", weights, is_only=self.is_text_only)
         num_rounded = write_rounded_graph(source, file, bits=8 if weights == "int8" else 4)
         check = compare_rounded_texts(self._encoder(text=file), self.reference)
         if weights == "int8":
@@ -277,10 +287,12 @@ class _OnnxWriter:
         content = Path(encode_onnx.__file__).read_text(encoding="utf-8")
         content = content.replace(f"from ..{loader.stem} import", f"from {loader.stem} import")
         script, copy = self.folder / SCRIPT, self.folder / loader.name
+        files = [self.folder / name for name in self.graphs]
+        text = next((file for file in files if file.stem.startswith(("text", "model"))), None)
+        if text is not None:  # the text graph that encode_texts runs by default
+            content = content.replace('"text_model"', f'"{text.stem}"')
         script.write_text(content, encoding="utf-8")
         shutil.copyfile(loader, copy)
-        files = [self.folder / name for name in self.graphs]
-        text = next((file for file in files if file.stem.startswith("text")), None)
         image = next((file for file in files if file.stem.startswith("vision")), None)
         reason = check_script(self.folder, self._encoder(text=text, image=image), text)
         if reason is not None:
@@ -306,6 +318,17 @@ class _OnnxWriter:
                 graph.name: int(data_file(graph).is_file()) for graph in graphs
             },
         }
+        if self.is_text_only:
+            text_config = self.reference.model.config.text_config
+            # TEI does not start without these, although the graph pools by itself.
+            config.update(
+                max_position_embeddings=config["max_text_length"],
+                hidden_size=config["projection_dim"],
+                num_hidden_layers=getattr(text_config, "num_hidden_layers", 1),
+            )
+            pooling = self.folder / "1_Pooling" / "config.json"
+            pooling.parent.mkdir()
+            pooling.write_text(json.dumps(_ANY_POOLING, indent=2) + "\n", encoding="utf-8")
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (self.folder / "config.json").write_text(text, encoding="utf-8")
 

@@ -28,7 +28,6 @@ from ..encoding.onnx_encoding import (
     IMAGE_OUTPUT,
     NUM_UNPOOLED,
     TEXT_INPUTS,
-    TEXT_OUTPUT,
 )
 from ..model_folders.onnx_folder import data_file
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
@@ -71,7 +70,11 @@ class _ImageGraph(_TowerGraph):
 
 
 def write_text_graph(
-    model: LLM2CLIPModel | LLM2CLIPTextModel, inputs: Mapping[str, Tensor], file: Path
+    model: LLM2CLIPModel | LLM2CLIPTextModel,
+    inputs: Mapping[str, Tensor],
+    file: Path,
+    *,
+    output: str,
 ) -> dict[str, Any]:
     """Write the text tower as a graph for any number of texts of any length.
 
@@ -86,7 +89,7 @@ def write_text_graph(
             _TextGraph(model),
             {**{name: inputs[name] for name in TEXT_INPUTS}, NUM_UNPOOLED: num_unpooled},
             file,
-            output=TEXT_OUTPUT,
+            output=output,
             shapes={**{name: {0: batch, 1: length} for name in TEXT_INPUTS}, NUM_UNPOOLED: {}},
             defaults={NUM_UNPOOLED: num_unpooled},
         )

@@ -321,10 +321,10 @@ def test_weights_too_large_for_one_file_are_beside_the_graph(
     )
     folder = export_model(text_only, tmp_path / "graphs", config)
     names = {path.name for path in (folder / "onnx").iterdir()}
-    assert names == {"text_model_quantized.onnx", "text_model_quantized.onnx_data"}
+    assert names == {"model_quantized.onnx", "model_quantized.onnx_data"}
     stated = json.loads((folder / "config.json").read_text())["transformers.js_config"]
-    assert stated["use_external_data_format"] == {"text_model_quantized.onnx": 1}
-    assert stated["dtype"] == {"text_model": "q8"}
+    assert stated["use_external_data_format"] == {"model_quantized.onnx": 1}
+    assert stated["dtype"] == {"model": "q8"}
     encoder = load_onnx_encoder(folder)
     assert encoder.modalities == ("text",) and encoder.encode_texts(["a dog"]).shape == (1, 32)
     with pytest.raises(ValueError, match=r"encodes only texts.*--components full"):

@@ -51,7 +51,8 @@ def read_service() -> tuple[str, dict[str, Any], dict[str, Any]]:
 
 def parse_start(options: list[str]) -> dict[str, Any]:
     """Parse the container's command as the command line does; returns the arguments of `serve`."""
-    program, *words = [*json.loads(find_all("ENTRYPOINT")[-1]), *options]
+    start: list[str] = json.loads(find_all("ENTRYPOINT")[-1])
+    program, *words = [*start, *options]
     assert program == "llm2clip"
     call = parse(LINE, words)
     return signature(call.func).bind(*call.args, **call.keywords).arguments
@@ -139,5 +140,7 @@ def test_the_container_gives_the_models_embeddings(tmp_path: Path) -> None:
         docker("rm", "--force", "--volumes", container)
     assert status == 200
     found = torch.tensor([row["embedding"] for row in reply["data"]])
-    wanted = encode_texts(*load_model(folder, device="cpu"), CAPTIONS)
+    model: Any
+    model, processor = load_model(folder, device="cpu")
+    wanted = encode_texts(model, processor, CAPTIONS)
     assert torch.allclose(found, wanted, atol=ROUNDING)
