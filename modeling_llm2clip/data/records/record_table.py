@@ -239,8 +239,7 @@ class RecordTable(Sequence[CaptionedImage]):
             name: Name of the column; `text_keys` yields the keys of all texts of a batch.
         """
         for batch in self.iterate_columns((name,)):
-            column = batch.column(0)
-            yield np.asarray(column.flatten() if name == "text_keys" else column)
+            yield np.asarray(batch.column(0).flatten() if name == "text_keys" else batch.column(0))
 
     def find_first_rows(self, name: str) -> Array:
         """Return, for each record, the first record with the same number in a column.

@@ -81,8 +81,7 @@ def list_text_keys(table: RecordTable) -> Array:
 def count_shared_captions(table: RecordTable, others: RecordTable) -> int:
     """Count the captions of a table that are also captions of another table."""
     keys = np.unique(list_text_keys(others))
-    parts = table.iterate_numbers("text_keys")
-    return sum(int(contains_keys(keys, part).sum()) for part in parts)
+    return int(sum(contains_keys(keys, p).sum() for p in table.iterate_numbers("text_keys")))
 
 
 def _list_texts(table: RecordTable, keys: Array) -> set[str]:

@@ -118,8 +118,9 @@ def _hold_out(
     groups: CaptionGroups, config: FinetuneConfig
 ) -> tuple[CaptionGroups, CaptionGroups, int]:
     default = min(_MAX_HELD_OUT, max(2, len(groups) // 5))
-    count = default if config.num_held_out is None else config.num_held_out
-    return groups.hold_out(count, seed=config.seed)
+    return groups.hold_out(
+        default if config.num_held_out is None else config.num_held_out, seed=config.seed
+    )
 
 
 def count_truncated(

@@ -287,15 +287,11 @@ class _CaptionRetrieval(BaseEvaluator):  # type: ignore[misc]
         return {"cra": measure_caption_retrieval(self.encoder.encode, self.groups)}
 
 
-def list_weights(config: FinetuneConfig) -> list[float]:
-    """List the number of batches of each table per batch of the first table, with the captions."""
-    return [1.0, *(weight for _, weight in config.text_pairs)]
-
-
 def count_run_steps(num_rows: Sequence[int], config: FinetuneConfig) -> tuple[int, int]:
     """Return the number of steps in the whole run and in one epoch, by the rows of each table."""
     window_size = config.per_device_train_batch_size * PartialState().num_processes
-    steps_per_epoch = sum(count_table_batches(num_rows, list_weights(config), window_size))
+    weights = [1.0, *(weight for _, weight in config.text_pairs)]
+    steps_per_epoch = sum(count_table_batches(num_rows, weights, window_size))
     num_steps = config.max_steps or max(1, round(config.num_train_epochs * steps_per_epoch))
     return num_steps, steps_per_epoch
 
@@ -327,7 +323,9 @@ def make_trainer(
             num_hard_negatives=config.num_hard_negatives,
         ),
         multi_dataset_batch_sampler=partial(
-            WeightedBatchSampler, weights=list_weights(config), num_steps=num_steps
+            WeightedBatchSampler,
+            weights=[1.0, *(weight for _, weight in config.text_pairs)],
+            num_steps=num_steps,
         ),
         eval_strategy="steps" if config.eval_steps else "no",
         eval_steps=config.eval_steps or None,
