@@ -78,6 +78,12 @@ _ANY_POOLING = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": Tru
 _SCRIPT_USE = f"""\
 `python {SCRIPT} "a dog" dog.jpg` encodes a text and an image; it needs only `onnxruntime`,
 `tokenizers`, `pillow` and `numpy`. """
+_LOADERS = """\
+transformers.js loads the graphs as `CLIPTextModelWithProjection` and
+`CLIPVisionModelWithProjection`."""
+_TEXT_ONLY_USE = """\
+Text Embeddings Inference 1.9 serves this folder on a CPU, and `AutoModel` of transformers.js loads
+it."""
 _CARD = """
 # {title}
 
@@ -86,8 +92,7 @@ texts and images to unit-length embeddings in one space. Opset {opset}, IR {ir_v
 
 {files}
 
-{script}transformers.js loads the graphs as `CLIPTextModelWithProjection` and
-`CLIPVisionModelWithProjection`. `{record}` records how each graph was checked.
+{use} `{record}` records how each graph was checked.
 """
 
 
@@ -398,10 +403,12 @@ def _write_card(
     for file, about in record["graphs"].items():
         checked = describe_check(about["check"])
         rows.append((f"`{file}`", about["weights"], f"{about['size_mb']} MB", checked))
+    is_text_only = f"{GRAPHS}/vision_model.onnx" not in record["graphs"]
+    script = _SCRIPT_USE if record["script"] is None else ""
     body = _CARD.format(
         title=name,
         files=format_rows(rows),
-        script=_SCRIPT_USE if record["script"] is None else "",
+        use=_TEXT_ONLY_USE if is_text_only else script + _LOADERS,
         record=ONNX_RECORD,
         opset=record["opset"],
         ir_version=record["ir_version"],

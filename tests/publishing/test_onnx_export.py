@@ -233,7 +233,7 @@ def test_the_record_states_what_the_files_are(exported: Path) -> None:
     assert text["check"]["texts"] > vision["check"]["images"] == 4  # with long ones
     assert {"max_distance_from_golden", "max_distance_alone"} <= set(text["check"])
     card = (exported / "README.md").read_text(encoding="utf-8")
-    assert str(record["opset"]) in card
+    assert str(record["opset"]) in card and "`python encode.py" in card
     assert "base_model:\n- owner/model\n" in card and "base_model_relation: quantized\n" in card
 
 

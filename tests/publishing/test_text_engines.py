@@ -87,6 +87,7 @@ def test_text_embeddings_inference_serves_a_text_only_export(
     file = folder / "tokenizer_config.json"
     settings: dict[str, Any] = json.loads(file.read_text("utf-8"))
     file.write_text(json.dumps({**settings, "padding_side": padding_side}), "utf-8")
+    assert "Text Embeddings Inference" in (folder / "README.md").read_text("utf-8")
     engine = TextEmbeddingsInference(folder)
     model: Any
     model, processor = load_model(source, device="cpu")
