@@ -56,6 +56,8 @@ _COUNTS_PATCHES = "max_num_patches"
 _CROP_MODES = ("center", "squash")
 # Not "nearest", for which torchvision and Pillow choose different pixels; torchvision lacks others.
 _INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
+# Sizes and colors of the images that measure normalization.
+_PLAIN_IMAGES = (((640, 480), "black"), ((480, 640), "white"), ((640, 480), (220, 30, 60)))
 
 
 def load_vision_tower(
@@ -117,28 +119,36 @@ def join_vision_towers(
     """Join several vision towers and their image processors into one tower and its processor.
 
     The image processor is that of the largest size, of several the first. The other towers see its
-    images, resized. Each processor's normalization is measured on a black and a white image.
+    images, resized. Each processor's normalization is measured on plain images.
     """
-    sizes, ends = [], []
-    for tower, image_processor in towers:
-        black, white = (
+    names = [tower.config.name_or_path or tower.config.model_type for tower, _ in towers]
+    sizes, colors = [], []
+    for name, (tower, image_processor) in zip(names, towers, strict=True):
+        images = black, white, _ = [
             image_processor(Image.new("RGB", size, color), return_tensors="pt")["pixel_values"]
-            for size, color in (((640, 480), "black"), ((480, 640), "white"))
-        )
+            for size, color in _PLAIN_IMAGES
+        ]
         if black.ndim != 4 or black.shape[2] != black.shape[3] or black.shape != white.shape:
             raise ValueError(
-                f"{tower.config.name_or_path or tower.config.model_type} cannot be joined with "
-                "other towers: they share square images, but its image processor prepares images "
-                f"of {tuple(black.shape)} and {tuple(white.shape)}. Use a tower with a fixed image "
-                "size."
+                f"{name} cannot be joined with other towers: they share square images, but its "
+                f"image processor prepares images of {tuple(black.shape)} and "
+                f"{tuple(white.shape)}. Use a tower with a fixed image size."
             )
         choose_interpolation(tower, black, interpolate=False)
-        sizes.append(black.shape[-1])
-        ends.append([pixels[0].double().mean(dim=(1, 2)) for pixels in (black, white)])
+        sizes.append(side := black.shape[-1])
+        # The center, because the processor may have padded the image to a square.
+        colors.append([pixels[0, :, side // 2, side // 2].double() for pixels in images])
     largest = sizes.index(max(sizes))
-    first, last = ends[largest]
-    scales = [(white - black) / (last - first) for black, white in ends]
-    shifts = [black - first * scale for (black, _), scale in zip(ends, scales, strict=True)]
+    first, last, middle = colors[largest]
+    scales = [(white - black) / (last - first) for black, white, _ in colors]
+    shifts = [black - first * scale for (black, *_), scale in zip(colors, scales, strict=True)]
+    for name, (*_, plain), scale, shift in zip(names, colors, scales, shifts, strict=True):
+        if not torch.allclose(middle * scale + shift, plain, atol=0.02):  # 8-bit rounding
+            raise ValueError(
+                f"{name} cannot be joined with {names[largest]}: its image processor changes "
+                "colors differently, for example to BGR. Use another tower, or an image processor "
+                "with the same order of channels."
+            )
     configs = [tower.config for tower, _ in towers]
     config = JoinedVisionConfig(
         configs,

@@ -13,7 +13,12 @@ from aligning import SHORT_RUN, EndAfter, names_that_differ, prepare
 from PIL import Image
 from tiny import JOINED, draw_noise, tiny_dual_encoder, tiny_llm, tiny_tokenizer, tiny_vision
 from tiny_folders import save_tiny_llm
-from transformers import AutoModel, CLIPImageProcessorPil
+from transformers import (
+    AutoModel,
+    CLIPImageProcessorPil,
+    LlavaImageProcessorPil,
+    MobileViTImageProcessorPil,
+)
 
 from modeling_llm2clip import check_model
 from modeling_llm2clip.__main__ import main
@@ -25,6 +30,7 @@ from modeling_llm2clip.model_folders.fingerprint import fingerprint_vision
 
 CONFIG = BuildConfig(prompt="llama-3", max_text_length=32)
 KEPT_RATIO: dict[str, Any] = {"size": {"shortest_edge": 32}, "do_center_crop": False}
+SQUARE: dict[str, Any] = {**KEPT_RATIO, "do_center_crop": True, "crop_size": 32}
 
 
 def save_towers(folder: Path, *families: str) -> str:
@@ -100,7 +106,15 @@ def test_every_tower_is_loaded_in_the_dtype_and_with_the_attention_that_were_ask
     assert embeds.dtype == torch.float32 and embeds.shape == (2, 64)
 
 
-@pytest.mark.parametrize("family", ["siglip2", "clip of any shape", "cls"])
+def test_padding_to_a_square_does_not_count_as_normalization() -> None:
+    padding = LlavaImageProcessorPil(**SQUARE, do_pad=True)
+    tower, _ = join_vision_towers([tiny_vision("clip"), (tiny_vision("dinov2")[0], padding)])
+    config: Any = tower.config
+    torch.testing.assert_close(torch.tensor(config.pixel_scales), torch.ones(2, 3))
+    torch.testing.assert_close(torch.tensor(config.pixel_shifts), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("family", ["siglip2", "clip of any shape", "clip in BGR", "cls"])
 def test_what_cannot_be_joined_is_refused_by_name(family: str) -> None:
     text = (tiny_llm(vocabulary_size=len(tiny_tokenizer())), tiny_tokenizer())
     if family == "cls":  # SigLIP has no class token
@@ -109,10 +123,13 @@ def test_what_cannot_be_joined_is_refused_by_name(family: str) -> None:
             join_towers([*towers], text, BuildConfig(prompt="llama-3", vision_pooling="cls"))
         return
     tower, image_processor = tiny_vision(family.split()[0])
-    if family != "siglip2":
+    if family == "clip of any shape":
         image_processor = CLIPImageProcessorPil(**KEPT_RATIO)
+    elif family == "clip in BGR":
+        image_processor = MobileViTImageProcessorPil(**SQUARE)
     tower.config._name_or_path = "owner/name"
-    with pytest.raises(ValueError, match=r"owner/name cannot be joined.*fixed image size"):
+    reason = "changes colors differently" if "BGR" in family else "fixed image size"
+    with pytest.raises(ValueError, match=rf"owner/name cannot be joined.*{reason}"):
         join_vision_towers([tiny_vision("dinov2"), (tower, image_processor)])
 
 
