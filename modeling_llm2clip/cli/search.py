@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Interval
+from cyclopts import Parameter
 
 from .._extras import list_needs_of_index, require
 from .._suggestions import counted, escape_controls
@@ -28,6 +29,7 @@ _NOTE = "The number under each image is its cosine similarity to the query."
         'llm2clip search my-index "a dog in the snow" --output found',
         "llm2clip search my-index --image dog.jpg --where \"taken > date '2024-01-01'\" --top-k 9",
         'llm2clip search my-index "at night" --image bridge.jpg --combine',
+        'llm2clip search my-index "a beach" --not people --threshold 0.1',
     ),
 )
 def search(
@@ -36,7 +38,9 @@ def search(
     *queries: str,
     image: Annotated[tuple[Path, ...], Repeated] = (),
     combine: bool = False,
+    negative: Annotated[tuple[str, ...], Repeated, Parameter(name="--not")] = (),
     top_k: Annotated[int, Interval(ge=1)] = 6,
+    threshold: Annotated[float, Interval(ge=-1, le=1)] | None = None,
     where: str | None = None,
     exact: bool = False,
     format: Literal["table", "json", "csv"] = "table",
@@ -53,7 +57,10 @@ def search(
         queries: Descriptions of the images to find; optional with --image.
         image: Query image, instead of a sentence or in addition to it; repeatable. Default: none.
         combine: Combine all sentences and images into one query by averaging their embeddings.
+        negative: Sentence about what the images should not show; repeatable. Half of the mean
+            embedding of these sentences is subtracted from each query. Default: none.
         top_k: Number of images per query.
+        threshold: Lowest cosine of the images to show. Default: none.
         where: SQL condition on the columns path, sha256, bytes, modified, width, height and taken.
             Default: none.
         exact: Compare with every image, even if there is an approximate index.
@@ -89,11 +96,17 @@ def search(
     )
     parts: list[str | Path] = [*queries, *image]
     asked: list[Query] = [parts] if combine else [*parts]
-    results = index.search(asked, top_k=top_k, where=where, exact=exact)
+    results = index.search(
+        asked, negative=negative or None, top_k=top_k, threshold=threshold, where=where, exact=exact
+    )
     if count := index.encoder.num_truncated:
-        report_truncated(count, len(queries), "sentence", longest=index.encoder.max_text_length)
+        total, longest = len(queries + negative), index.encoder.max_text_length
+        report_truncated(count, total, "sentence", longest=longest)
     rendered = render_search_results(results, format)
     print(rendered if format == "csv" else escape_controls(rendered))
+    for result in results:
+        if result.note and format != "table":  # the table shows the note
+            report(f"{result.query}: {result.note}")
     _report_missing(results)
     if output is not None:
         _write(results, output)

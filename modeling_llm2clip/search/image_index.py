@@ -29,6 +29,7 @@ from .index_encoding import (
     Query,
     check_embeddings,
     name_queries,
+    subtract_negatives,
 )
 from .search_results import SearchResult, require_top_k
 
@@ -209,7 +210,14 @@ class ImageIndex:
 
     @overload
     def search(  # type: ignore[overload-overlap]  # a string is also a sequence of strings
-        self, query: Part, *, top_k: int = ..., where: str | None = ..., exact: bool = ...
+        self,
+        query: Part,
+        *,
+        negative: Query | None = ...,
+        top_k: int = ...,
+        threshold: float | None = ...,
+        where: str | None = ...,
+        exact: bool = ...,
     ) -> SearchResult: ...
 
     @overload
@@ -217,7 +225,9 @@ class ImageIndex:
         self,
         query: Sequence[Query] | np.ndarray[Any, Any] | Tensor,
         *,
+        negative: Query | None = ...,
         top_k: int = ...,
+        threshold: float | None = ...,
         where: str | None = ...,
         exact: bool = ...,
     ) -> list[SearchResult]: ...
@@ -226,7 +236,9 @@ class ImageIndex:
         self,
         query: Part | Sequence[Query] | np.ndarray[Any, Any] | Tensor,
         *,
+        negative: Query | None = None,
         top_k: int = 6,
+        threshold: float | None = None,
         where: str | None = None,
         exact: bool = False,
     ) -> SearchResult | list[SearchResult]:
@@ -237,25 +249,35 @@ class ImageIndex:
                 a nested list is one query whose parts' embeddings are averaged; or an array of
                 query embeddings, (Q, P), of any norm. A query image that is indexed is among its
                 own hits.
+            negative: What the images should not show: a sentence, an image or a list of these. Each
+                query embedding q becomes q - n / 2, rescaled to unit length, where n is the mean of
+                the negatives' embeddings, also rescaled. Cosines are then to this embedding.
             top_k: Number of images to return per query; all images if there are fewer.
+            threshold: Lowest cosine of a hit, from -1 to 1; None to return all `top_k` images.
             where: SQL filter over `columns`, such as `"width > 2000 AND path LIKE '2024/%'"`:
                 comparisons combined with AND, OR, NOT and parentheses.
             exact: Compare queries with every image, even if there is an approximate index.
 
         Returns:
             A result, which prints as a table. For a list of queries or an array of embeddings, a
-            list of results. A result has no hits if no image passes the filter.
+            list of results. A result has no hits if no image passes the filter or reaches the
+            threshold; its `note` gives the reason.
 
         Raises:
-            ValueError: `top_k` is below 1, the filter is invalid or names an unknown column, a
-                sentence is blank, a query image is missing or broken, embeddings have the wrong
-                shape, or the model no longer matches the index.
+            ValueError: `top_k` is below 1, `threshold` is not a cosine, the filter is invalid or
+                names an unknown column, a sentence is blank, a query image is missing or broken,
+                embeddings have the wrong shape, or the model no longer matches the index.
             IndexUnavailableError: The index is empty, or unavailable for a reason listed under
                 `count`.
         """
         require_top_k(top_k)
+        if threshold is not None and not -1 <= threshold <= 1:
+            raise ValueError(f"threshold={threshold} is not a cosine. Choose one from -1 to 1.")
         if isinstance(query, str | Path | Image.Image):
-            return self.search([query], top_k=top_k, where=where, exact=exact)[0]
+            return self.search(
+                [query], negative=negative, top_k=top_k, threshold=threshold, where=where,
+                exact=exact,
+            )[0]  # fmt: skip
         num_rows = self.count(where)
         if where is None and num_rows == 0:
             raise IndexUnavailableError(f"{self._database.location}: {_UNINDEXED}")
@@ -265,6 +287,13 @@ class ImageIndex:
         else:
             named = name_queries(query)
             embeds = self.encoder.encode(named)
+        without = ""
+        if negative is not None:
+            negatives = name_queries(
+                [negative] if isinstance(negative, str | Path | Image.Image) else negative
+            )
+            embeds = subtract_negatives(embeds, self.encoder.encode(negatives))
+            without = "".join(f" - {entry.name}" for entry in negatives)
         ann, most = self._choose_ann(where, exact, num_rows), min(top_k, num_rows)
         results = []
         for entry, embedding in zip(named, embeds, strict=True):
@@ -272,9 +301,11 @@ class ImageIndex:
             rows = find(ann=ann) if most else []
             if ann is not None and len(rows) < most:  # the visited partitions hold too few images
                 rows = find()
+            best = rows[0]["cosine"] if rows else None
+            rows = [row for row in rows if threshold is None or row["cosine"] >= threshold]
             hits = [(self._image_dir / row["path"], row["cosine"]) for row in rows]
             columns = [{name: row[name] for name in COLUMNS} for row in rows]
-            results.append(SearchResult(entry.name, hits, entry.image, columns))
+            results.append(SearchResult(entry.name + without, hits, entry.image, columns, best))
         self._require_same_model()  # the index may have been replaced during the search
         return results
 

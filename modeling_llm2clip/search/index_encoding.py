@@ -188,6 +188,18 @@ class OnnxQueryEncoder(IndexEncoder):
         )
 
 
+def subtract_negatives(queries: Any, negatives: Any) -> np.ndarray[Any, Any]:
+    """Move query embeddings, (Q, P), away from the mean of the negative embeddings, (N, P).
+
+    Returns q - n / 2, rescaled to unit length, where q is a query and n the mean of the negatives,
+    both of unit length. The weight of one half removes most images of n without losing q: a full
+    weight also moves away from what q and n have in common.
+    """
+    width = queries.shape[1]
+    mean = check_embeddings(np.mean(negatives, axis=0, keepdims=True), width=width)
+    return check_embeddings(check_embeddings(queries, width=width) - mean / 2, width=width)
+
+
 def check_embeddings(embeddings: Any, *, width: int) -> np.ndarray[Any, Any]:
     """Validate query embeddings and normalize them to unit length."""
     embeds = np.asarray(embeddings, dtype=np.float32)

@@ -60,7 +60,6 @@ HITS_CSS = """
 """
 # Written near the beginning of every page and PNG sheet.
 _MARK = "search results by modeling_llm2clip"
-_NOTHING_FOUND = "<p>No image was found.</p>"
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="generator" content="{mark}">
 <title>{title}</title>
@@ -87,20 +86,33 @@ class SearchResult:
 
     Attributes:
         query: The sentence or the name of the query image; the parts of a combined query are joined
-            by " + ".
-        hits: Path and cosine of each image.
+            by " + ", and negatives follow after " - ".
+        hits: Path and cosine of each image. With negatives, the cosine is to the query embedding
+            that they moved; see `ImageIndex.search`.
         query_image: File of the query image; None if the query has no image file.
         columns: Index columns for each hit, such as `width` and `taken`; empty if the images do
             not come from an index.
+        best_cosine: Cosine of the best image before the threshold was applied; None if no image was
+            compared or the images do not come from an index.
     """
 
     query: str
     hits: Sequence[tuple[Path, float]]
     query_image: Path | None = None
     columns: Sequence[Mapping[str, Any]] = field(default=(), compare=False)
+    best_cosine: float | None = field(default=None, compare=False)
+
+    @property
+    def note(self) -> str:
+        """Why there are no hits; empty if there are some."""
+        if self.hits:
+            return ""
+        if self.best_cosine is None:
+            return "No image was found."
+        return f"No image reaches the threshold; the best cosine is {self.best_cosine:.3f}."
 
     def __str__(self) -> str:
-        lines = [self.query, "  rank  cosine  image"]
+        lines = [self.query, f"  {self.note or 'rank  cosine  image'}"]
         for rank, (path, cosine) in enumerate(self.hits, start=1):
             lines.append(f"  {rank:>4}  {cosine:>6.3f}  {path}")
         return "\n".join(lines)
@@ -225,7 +237,9 @@ def _list_records(results: Sequence[SearchResult]) -> Iterator[dict[str, Any]]:
 def _draw_row(result: SearchResult, number: int, width: int) -> Image.Image:
     font, small = ImageFont.load_default(18), ImageFont.load_default(12)
     query = result.query if result.query.isascii() else f"query {number}"
-    lines = textwrap.wrap(query, _CHARACTERS_PER_LINE)
+    lines = [
+        line for text in (query, result.note) for line in textwrap.wrap(text, _CHARACTERS_PER_LINE)
+    ]
     text_height = 26 * len(lines)
     row = Image.new("RGB", (width, max(_SIDE + 14, text_height) + 2 * _GAP), "white")
     draw = ImageDraw.Draw(row)
@@ -261,7 +275,7 @@ def _write_section(result: SearchResult, folder: Path) -> str:
             zip(result.hits, _list_digests(result), strict=True), start=1
         )
     ]
-    return f"<section>{heading}{write_hits(hits) if hits else _NOTHING_FOUND}</section>"
+    return f"<section>{heading}{write_hits(hits) if hits else f'<p>{result.note}</p>'}</section>"
 
 
 def _write_hit(hit: PageImage) -> str:

@@ -94,7 +94,13 @@ class DemoPage:
         self.service = service
 
     async def search(
-        self, text: str | None, image: str | None, top_k: float | None, where: str | None
+        self,
+        text: str | None,
+        image: str | None,
+        negative: str | None,
+        top_k: float | None,
+        threshold: float | None,
+        where: str | None,
     ) -> tuple[str, str]:
         """Find images by text, image or both; return the hits as HTML, and a summary."""
         queries: list[Input] = [text] if text and text.strip() else []
@@ -106,10 +112,16 @@ class DemoPage:
         condition = (where or "").strip() or None
 
         async def find() -> tuple[str, str]:
-            images = await self.service.search([queries], top_k=count, where=condition)
+            images = await self.service.search(
+                [queries],
+                negative=[negative] if negative and negative.strip() else [],
+                top_k=count,
+                threshold=threshold,
+                where=condition,
+            )
             hits, summary = await asyncio.to_thread(self._list_hits, images.results[0])
             limit = self.service.encoder.max_text_length
-            note = f" The text was truncated to the model's limit of {limit} tokens."
+            note = f" A text was truncated to the model's limit of {limit} tokens."
             return hits, summary + note * len(images.truncated)
 
         return await self._await(find())
@@ -137,7 +149,7 @@ class DemoPage:
             shown.append(PageImage(columns["path"], address, note_rank(rank, cosine)))
         assert self.service.index is not None
         total = counted(len(self.service.index), "image")
-        summary = f"{len(result.hits)} of {total}, best first."
+        summary = result.note or f"{len(result.hits)} of {total}, best first."
         if num_gone:
             summary += f" {num_gone} cannot be shown: moved or changed since indexing."
         return write_hits(shown), summary
@@ -289,7 +301,12 @@ def _add_search(page: DemoPage) -> None:
             button = gr.Button("Search", variant="primary", elem_id="search-button")
             image = _make_image("Or a similar image", height=200, elem_id="query-image")
             with gr.Accordion("More", open=False, elem_id="more"):
+                negative = gr.Textbox(label="Not", placeholder="people", elem_id="negative")
                 top_k = gr.Slider(1, _MAX_TOP_K, value=_TOP_K, step=1, label="Images")
+                threshold = gr.Number(
+                    value=None, label="Lowest cosine", minimum=-1, maximum=1, step=0.01,
+                    elem_id="threshold",
+                )  # fmt: skip
                 where = gr.Textbox(
                     label="Filter",
                     placeholder="width > 1000 AND path LIKE '2024/%'",
@@ -302,7 +319,7 @@ def _add_search(page: DemoPage) -> None:
     gr.on(
         [button.click, text.submit, image.upload],
         page.search,
-        [text, image, top_k, where],
+        [text, image, negative, top_k, threshold, where],
         [hits, note],
         api_name=False,
         show_progress_on=note,

@@ -78,6 +78,7 @@ _SEARCH_EXAMPLES: dict[str, Any] = {
     "text": {"value": {"queries": ["a dog in the snow"], "top_k": 3}},
     "text and image": {"value": {"queries": ["a dog", {"image": _PIXEL}]}},
     "text and image combined": {"value": {"queries": [["at night", {"image": _PIXEL}]]}},
+    "without": {"value": {"queries": ["a beach"], "negative": "people", "threshold": 0.1}},
 }
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.ErrorResponse, "description": description}
@@ -191,7 +192,10 @@ def _add_embeddings(router: APIRouter, service: EmbeddingService, images: ImageI
         )
         form = body.encoding_format or "float"
         return await _answer(
-            service, result, "embedding", "embedding", lambda: _encode(result.embeds, form)
+            service,
+            result,
+            "embedding",
+            lambda: [{"embedding": row} for row in _encode(result.embeds, form)],
         )
 
     @router.post("/v2/embed", tags=["Cohere"], response_model=schemas.CohereResponse)
@@ -307,8 +311,7 @@ def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs)
             service,
             result,
             "classification",
-            "labels",
-            lambda: [list(map(asdict, tags)) for tags in result.tags],
+            lambda: [{"labels": list(map(asdict, tags))} for tags in result.tags],
         )
 
     @router.post(
@@ -322,16 +325,20 @@ def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs)
         A nested list in `queries` is a single query, whose embeddings are averaged.
         """
         _require_model(service, body.model)
-        lists = [query if isinstance(query, list) else [query] for query in body.queries]
+        sent = [*body.queries, body.negative]
+        lists = [query if isinstance(query, list) else [query] for query in sent]
         inputs = iter(await _read_inputs([item for items in lists for item in items], images))
+        *queries, negative = [[next(inputs) for _ in items] for items in lists]
         result = await service.search(
-            [[next(inputs) for _ in items] for items in lists],
+            queries,
+            negative=negative,
             top_k=body.top_k,
+            threshold=body.threshold,
             where=body.where,
             prompt_name=body.prompt_name,
         )
         return await _answer(
-            service, result, "search_result", "hits", lambda: [*map(_list_hits, result.results)]
+            service, result, "search_result", lambda: [*map(_describe_hits, result.results)]
         )
 
     @router.get("/v1/models", tags=["OpenAI"], response_model=dict[str, Any])
@@ -341,12 +348,11 @@ def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs)
         return JsonResponse({"object": "list", "data": [card]})
 
 
-def _list_hits(result: SearchResult) -> list[dict[str, Any]]:
-    """List the columns of each hit; paths are relative to the index's image folder."""
-    return [
-        {"cosine": cosine, **columns}
-        for (_, cosine), columns in zip(result.hits, result.columns, strict=True)
-    ]
+def _describe_hits(result: SearchResult) -> dict[str, Any]:
+    """Return the columns of each hit; paths are relative to the index's image folder."""
+    ranked = zip(result.hits, result.columns, strict=True)
+    hits = [{"cosine": cosine, **columns} for (_, cosine), columns in ranked]
+    return {"hits": hits, "best_cosine": result.best_cosine}
 
 
 def _require_model(service: EmbeddingService, name: str | None) -> None:
@@ -380,10 +386,9 @@ async def _answer(
     service: EmbeddingService,
     result: ServiceResult,
     kind: str,
-    field: str,
-    list_values: Callable[[], list[Any]],
+    list_fields: Callable[[], list[dict[str, Any]]],
 ) -> Response:
-    """Respond with a list of numbered objects of type `kind`; `field` holds each object's value.
+    """Respond with a list of numbered objects of type `kind`, each with its other fields.
 
     The response is serialized in a thread, because thousands of rows would block all other routes.
     """
@@ -392,8 +397,8 @@ async def _answer(
         content = {
             "object": "list",
             "data": [
-                {"object": kind, "index": index, field: value}
-                for index, value in enumerate(list_values())
+                {"object": kind, "index": index, **fields}
+                for index, fields in enumerate(list_fields())
             ],
             "model": service.model_name,
             "usage": {"prompt_tokens": result.num_tokens, "total_tokens": result.num_tokens},

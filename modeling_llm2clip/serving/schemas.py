@@ -317,7 +317,12 @@ class SearchRequest(_TextOptions):
     queries: Annotated[list[ItemOrItems], Field(min_length=1, max_length=MOST_INPUTS)] = Field(
         description="A nested list is a single query, whose embeddings are averaged."
     )
+    negative: ItemOrItems = Field(
+        default_factory=list,
+        description="Half of the mean embedding of these is subtracted from every query.",
+    )
     top_k: int = Field(6, ge=1, le=MOST_HITS, description="Images per query.")
+    threshold: float | None = Field(None, ge=-1, le=1, description="Lowest cosine of a hit.")
     where: str | None = Field(
         None, min_length=1, description="SQL comparisons of columns, joined by AND and OR."
     )
@@ -408,6 +413,9 @@ class QueryHits(BaseModel):
     object: Literal["search_result"]
     index: int
     hits: list[Hit]
+    best_cosine: float | None = Field(
+        description="Cosine of the best image, even below the threshold; null if none was compared."
+    )
 
 
 class Health(BaseModel):

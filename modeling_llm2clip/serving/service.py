@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -43,6 +44,7 @@ from ..processing_llm2clip import clean_list
 from ..search.filters import FilterError, check_filter
 from ..search.image_index import ImageIndex
 from ..search.index_about import EVERY_IMAGE, IndexUnavailableError
+from ..search.index_encoding import subtract_negatives
 from ..search.model_identity import restore_tally
 from ..search.tag_images import Tag, rank_labels
 from .batching import BatchWorker, Lane, OnBatch, await_all_or_none
@@ -274,7 +276,9 @@ class EmbeddingService:
         self,
         queries: Sequence[Query],
         *,
+        negative: Sequence[Input] = (),
         top_k: int = 6,
+        threshold: float | None = None,
         where: str | None = None,
         prompt_name: str | None = None,
     ) -> FoundImages:
@@ -283,7 +287,9 @@ class EmbeddingService:
         Args:
             queries: Texts and images; a nested list is a single query, whose embeddings are
                 averaged.
+            negative: Texts and images that every query moves away from; see `ImageIndex.search`.
             top_k: Number of images to return per query.
+            threshold: Lowest cosine of a hit; None to return all `top_k` images.
             where: Filter over the columns of the index; see `ImageIndex.search`.
             prompt_name: Name of the instruction to prepend to texts; None for no instruction.
 
@@ -305,18 +311,24 @@ class EmbeddingService:
                 400, f"Query number {empty[0] + 1} is empty. Send a text or an image."
             )
         query_of = [number for number, parts in enumerate(parts_of) for _ in parts]
-        inputs = [part for parts in parts_of for part in parts]
+        inputs = [part for parts in [*parts_of, negative] for part in parts]
         embedded = await self.embed(inputs, prompt_name=prompt_name)
+        embeds, negatives = np.split(embedded.embeds, [len(query_of)])
         starts = np.searchsorted(query_of, np.arange(1, len(parts_of)))
-        means = np.stack([rows.mean(axis=0) for rows in np.split(embedded.embeds, starts)])
+        means = np.stack([rows.mean(axis=0) for rows in np.split(embeds, starts)])
         with _refusing():
+            if len(negatives):
+                means = subtract_negatives(means, negatives)
             try:
                 results = await self._run(
-                    self._search_threads, lambda: index.search(means, top_k=top_k, where=where)
+                    self._search_threads,
+                    lambda: index.search(means, top_k=top_k, threshold=threshold, where=where),
                 )
             except IndexUnavailableError as error:
                 raise RequestError(503, str(error), code="index_unavailable") from error
-        truncated = sorted({query_of[place] for place in embedded.truncated})
+        # A truncated negative affects every query.
+        places = (query_of[place:][:1] or range(len(parts_of)) for place in embedded.truncated)
+        truncated = sorted(set(chain.from_iterable(places)))
         return FoundImages(results=results, num_tokens=embedded.num_tokens, truncated=truncated)
 
     def describe_far_images(self) -> str | None:

@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 import sys
-from itertools import cycle
+from dataclasses import replace
+from itertools import cycle, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
@@ -30,8 +31,11 @@ from read_only import read_only
 from shared_models import ROUNDING
 from tiny import draw_noise
 
+from modeling_llm2clip import ImageIndex
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.cli.search import _write
+from modeling_llm2clip.encoding.encode import encode_images, encode_texts
+from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.search import search_results
 from modeling_llm2clip.search.image_files import list_images
 from modeling_llm2clip.search.search_results import (
@@ -214,12 +218,86 @@ def test_a_filter_narrows_what_is_found(
     assert record["image"].endswith("b & #2.png")
     words = ["--where", "height > 9999", "--output", str(tmp_path / "found")]
     assert main(["search", index, "a dog", *words]) == 0
-    assert capsys.readouterr().out.splitlines() == ["a dog", "  rank  cosine  image"]
+    assert capsys.readouterr().out.splitlines() == ["a dog", "  No image was found."]
     page = (tmp_path / "found" / "search.html").read_text(encoding="utf-8")
     assert "No image was found." in page and "<li>" not in page
     assert main(["search", index, "a dog", "--where", "color = 1"]) == 2
     shown = capsys.readouterr().err
     assert "where='color = 1'" in shown and "The columns are path, sha256" in shown
+
+
+def test_a_threshold_keeps_the_hits_that_reach_it(
+    index: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in ([], ["--not", "a cat", "--top-k", "3"]):
+        found = read_json(capsys, index, *SENTENCES, *words)
+        cosines = sorted({-1, 1, *(record["cosine"] for record in found)})
+        for threshold in (sum(pair) / 2 for pair in pairwise(cosines)):
+            kept = [record for record in found if record["cosine"] >= threshold]
+            flags = [*words, f"--threshold={threshold}"]
+            assert read_json(capsys, index, *SENTENCES, *flags) == kept
+    (result,) = ImageIndex.open(index).search(["a dog"], top_k=9)
+    for _, cosine in result.hits:  # a hit at the threshold is kept
+        found = ImageIndex.open(index).search("a dog", threshold=cosine)
+        assert found == replace(result, hits=[hit for hit in result.hits if hit[1] >= cosine])
+        assert found.best_cosine == result.hits[0][1] and len(found.columns) == len(found.hits)
+
+
+def test_if_nothing_reaches_the_threshold_the_best_cosine_is_named(
+    index: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = read_json(capsys, index, "a dog", "--top-k", "1")[0]["cosine"]
+    note = f"No image reaches the threshold; the best cosine is {best:.3f}."
+    words = ["search", index, "a dog", "--threshold", "0.999", "--output", str(tmp_path / "found")]
+    assert main(words) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == ["a dog", f"  {note}"] and note not in shown.err
+    assert f"<p>{note}</p>" in (tmp_path / "found" / "search.html").read_text(encoding="utf-8")
+    for style, empty in (("json", "[]"), ("csv", "query,rank,cosine,image")):
+        assert main([*words, "--format", style]) == 0
+        shown = capsys.readouterr()
+        assert shown.out.strip() == empty and f"a dog: {note}\n" in shown.err
+    for threshold in ("1.1", "nan", "30"):
+        assert main([*words[:3], f"--threshold={threshold}"]) == 2
+        assert "--threshold" in capsys.readouterr().err
+        with pytest.raises(ValueError, match=r"is not a cosine\. Choose one from -1 to 1"):
+            ImageIndex.open(index).search("a dog", threshold=float(threshold))
+
+
+def test_negatives_subtract_half_of_their_mean_embedding_from_each_query(
+    index: str, images: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = ImageIndex.open(index)
+    ((paths, embeds),) = opened.iterate_embeddings()
+    model, processor = load_model(model_folder, device="cpu")
+    dog, cat, beach = encode_texts(model, processor, ["a dog", "a cat", "a beach"]).double().numpy()
+    (image,) = encode_images(model, processor, [images / "a.png"]).double().numpy()
+
+    def scale(row: Any) -> Any:
+        return row / np.linalg.norm(row)
+
+    cases: list[tuple[Any, Any, Any]] = [
+        ("a dog", "a cat", dog - cat / 2),
+        ("a dog", ["a cat", "a beach"], dog - scale(cat + beach) / 2),
+        ("a dog", images / "a.png", dog - image / 2),
+        ([["a dog", "a beach"]], ["a cat"], scale(dog + beach) - cat / 2),
+        (3 * dog[None], ["a cat"], dog - cat / 2),
+    ]
+    for query, negative, embed in cases:
+        expected = dict(zip(paths, embeds @ scale(embed), strict=True))
+        found = opened.search(query, negative=negative)
+        result = found[0] if isinstance(found, list) else found
+        assert dict(result.hits) == pytest.approx(expected, abs=ROUNDING)
+        assert [*expected.values()] != pytest.approx(list(embeds @ dog), abs=0.01)
+    words = ["--not", "a cat", "--not", "a beach"]
+    printed = read_json(capsys, index, *words, "a dog")
+    result = opened.search("a dog", negative=["a cat", "a beach"])
+    assert {record["query"] for record in printed} == {result.query} == {"a dog - a cat - a beach"}
+    shown = [(Path(record["image"]), record["cosine"]) for record in printed]
+    assert shown == [(path, round(cosine, 6)) for path, cosine in result.hits]
+    for wrong in ([], [3], " "):
+        with pytest.raises(ValueError):
+            opened.search("a dog", negative=wrong)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "search.png"])

@@ -287,7 +287,7 @@ SEARCH = 0
 def test_the_functions_of_the_page_answer_over_http(url: str, folder: Path) -> None:
     content = (folder / "images" / "number 2.png").read_bytes()
     _, (path,) = upload(url, content)
-    found = call(url, SEARCH, [None, as_file(path), 3, None])
+    found = call(url, SEARCH, [None, as_file(path), None, 3, None, None])
     assert found["success"], found
     hits = found["output"]["data"][0]
     assert re.sub("<[^>]+>", "", hits).split()[:2] == ["1.", "1.000"]
@@ -304,10 +304,12 @@ def test_no_file_of_the_machine_is_served(name: str, url: str, folder: Path) -> 
     assert status in (403, 404), content
     # Nor copied to where files are served, in place of an image or of any other input.
     for data in (
-        [None, as_file(path), 3, None],
-        [as_file(path), None, 3, None],
-        ["a dog", None, 3, as_file(path)],
-        ["a dog", None, [as_file(path)], None],
+        [None, as_file(path), None, 3, None, None],
+        [as_file(path), None, None, 3, None, None],
+        ["a dog", None, as_file(path), 3, None, None],
+        ["a dog", None, None, 3, None, as_file(path)],
+        ["a dog", None, None, [as_file(path)], None, None],
+        ["a dog", None, None, 3, [as_file(path)], None],
     ):
         found = call(url, SEARCH, data)
         assert not found["success"]
@@ -315,7 +317,7 @@ def test_no_file_of_the_machine_is_served(name: str, url: str, folder: Path) -> 
     data_url = f"data:image/png;base64,{base64.b64encode(b'not an image').decode()}"
     files = (path, {"path": path}, {"path": path, "url": path}, [path], as_file("", url=data_url))
     for image in files:
-        assert not call(url, SEARCH, [None, image, 3, None])["success"]
+        assert not call(url, SEARCH, [None, image, None, 3, None, None])["success"]
 
 
 def test_no_address_is_fetched(url: str) -> None:
@@ -335,7 +337,11 @@ def test_no_address_is_fetched(url: str) -> None:
     try:
         address = f"http://127.0.0.1:{server.server_port}/a.png"
         for file in (as_file(address), as_file(address, url=address), as_file("", url=address)):
-            for data in ([None, file, 3, None], ["a dog", None, 3, file]):
+            for data in (
+                [None, file, None, 3, None, None],
+                ["a dog", None, file, 3, None, None],
+                ["a dog", None, None, 3, None, file],
+            ):
                 assert not call(url, SEARCH, data)["success"]
         assert fetch(f"{url}/gradio_api/file={address}")[0] in (302, 307, 403, 404)
         fetch(f"{url}/gradio_api/proxy={address}")
@@ -346,10 +352,10 @@ def test_no_address_is_fetched(url: str) -> None:
     assert asked in ([], ["/a.png"])  # of our own client, which follows a redirect
 
 
-@pytest.mark.parametrize("data", [[7, None, "x", 3], [None], [{}, [], {}, {}], []])
+@pytest.mark.parametrize("data", [[7, None, 8, "x", "y", 3], [None], [{}, [], {}, {}, {}, {}], []])
 def test_rubbish_is_an_error_and_the_page_lives_on(data: list[Any], url: str) -> None:
     assert not call(url, SEARCH, data)["success"]
-    assert call(url, SEARCH, ["a dog", None, 3, None])["success"]
+    assert call(url, SEARCH, ["a dog", None, None, 3, None, None])["success"]
 
 
 def test_the_api_keeps_its_errors_beside_the_page(url: str) -> None:
@@ -403,9 +409,10 @@ def test_an_image_that_is_gone_changed_or_broken_has_no_small_copy(tmp_path: Pat
 
 
 def test_the_page_says_that_a_text_was_truncated(url: str) -> None:
-    shown = call(url, SEARCH, ["a red apple " * 40, None, 3, None])
+    shown = call(url, SEARCH, ["a red apple " * 40, None, None, 3, None, None])
     assert "truncated to the model's limit of 128 tokens" in shown["output"]["data"][1]
-    assert "truncated" not in call(url, SEARCH, ["a dog", None, 3, None])["output"]["data"][1]
+    shown = call(url, SEARCH, ["a dog", None, None, 3, None, None])
+    assert "truncated" not in shown["output"]["data"][1]
 
 
 def test_the_page_of_the_api_loads_nothing_and_shows_the_examples(url: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from modeling_llm2clip import ImageIndex
 from modeling_llm2clip.configs.encoding_config import IndexConfig
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.serving.app import create_app
+from modeling_llm2clip.serving.demo_page import DemoPage
 from modeling_llm2clip.serving.routes import JsonResponse
 from modeling_llm2clip.serving.service import EmbeddingService
 from modeling_llm2clip.serving.service_results import RequestError
@@ -86,6 +88,52 @@ def test_a_list_is_one_query_as_in_python(url: str, folder: Path) -> None:
     for param, queries in refused.items():
         status, answer = search(url, {"queries": queries})
         assert (status, answer["error"]["param"]) == (400, param)
+
+
+def test_negatives_and_a_threshold_find_what_they_find_in_python_and_on_the_page(
+    url: str, folder: Path
+) -> None:
+    image = folder / "images" / "3.png"
+    item = {"image": to_data_url(image.read_bytes())}
+    index = ImageIndex.open(folder / "db")
+    queries: list[Any] = ["a dog", ["at night", image]]
+    sent = ["a dog", ["at night", item]]
+    for negative, given in (("a cat", "a cat"), (["a cat", image], ["a cat", item])):
+        hits = index.search("a dog", negative=negative).hits
+        threshold = (hits[2][1] + hits[3][1]) / 2
+        body = {"queries": sent, "negative": given, "threshold": threshold}
+        status, answer = search(url, body)
+        assert status == 200, answer
+        expected = index.search(queries, negative=negative, threshold=threshold)
+        assert len(expected[0].hits) == 3
+        for row, result in zip(answer["data"], expected, strict=True):
+            assert [hit["path"] for hit in row["hits"]] == [path.name for path, _ in result.hits]
+            cosines = [cosine for _, cosine in result.hits]
+            assert [hit["cosine"] for hit in row["hits"]] == pytest.approx(cosines, abs=ROUNDING)
+            assert row["best_cosine"] == pytest.approx(result.best_cosine, abs=ROUNDING)
+    page = DemoPage(service := open_service(folder))
+    threshold = index.search("a dog", negative="a cat").hits[3][1] - ROUNDING
+    shown, summary = asyncio.run(page.search("a dog", None, "a cat", 12, threshold, None))
+    nothing, note = asyncio.run(page.search("a dog", None, " ", 12, 1, None))
+    service.close()
+    found = index.search("a dog", negative="a cat", threshold=threshold)
+    assert re.findall(r'"cosine">([\d.-]+)<.*?"name">(.*?)<', shown) == [
+        (f"{cosine:.3f}", path.name) for path, cosine in found.hits
+    ]
+    assert summary == "4 of 6 images, best first."
+    assert "<li>" not in nothing and note == index.search("a dog", threshold=1).note
+
+
+def test_a_truncated_negative_is_reported_for_every_query_and_a_wrong_one_refused(
+    url: str,
+) -> None:
+    long = "the sea at night " * 40
+    body = {"queries": ["a dog", "a cat"]}
+    assert search(url, {**body, "negative": ["people", long]})[1]["truncated"] == [0, 1]
+    assert search(url, {**body, "negative": "people"})[1]["truncated"] == []
+    for field, value in (("negative", []), ("negative", " "), ("negative", None), ("threshold", 2)):
+        status, answer = search(url, {**body, field: value})
+        assert (status, answer["error"]["param"]) == (400, field)
 
 
 def test_a_filter_is_applied_and_a_broken_one_refused(url: str) -> None:
