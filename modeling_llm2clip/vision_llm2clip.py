@@ -47,6 +47,10 @@ class JoinedVisionModel(PreTrainedModel):
         self.towers = nn.ModuleList(towers or [build_tower(each) for each in config.towers])
         for tower, tower_config in zip(list_towers(self), config.towers, strict=True):
             tower.config = tower_config  # one object, so changes reach both
+        # transformers only collects them from direct children, and the towers are in a list.
+        self._no_split_modules = {
+            name for tower in list_towers(self) for name in tower._no_split_modules or ()
+        }
         self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, pixel_values: Tensor, pooling: str = "pooler") -> BaseModelOutputWithPooling:

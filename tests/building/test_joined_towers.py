@@ -102,6 +102,7 @@ def test_every_tower_is_loaded_in_the_dtype_and_with_the_attention_that_were_ask
     )
     for tower in model.vision_model.towers:
         assert (tower.dtype, tower.config._attn_implementation) == (torch.bfloat16, "eager")
+    assert {"CLIPEncoderLayer", "Dinov2Layer"} <= model._no_split_modules
     embeds = model.get_vision_embeds(torch.rand(2, 3, 32, 32))
     assert embeds.dtype == torch.float32 and embeds.shape == (2, 64)
 

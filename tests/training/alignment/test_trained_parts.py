@@ -16,7 +16,7 @@ import pytest
 import torch
 from aligning import SHORT_RUN, TOWERS, Prepared, Run, skip_where_transformers_renames, weights_of
 from shared_models import every_vision
-from tiny import JOINED, VISION_FAMILIES, draw_noise, tiny_images, tiny_model
+from tiny import JOINED, VISION_FAMILIES, draw_noise, tiny_images, tiny_model, tiny_vision
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.configs.align_config import AlignConfig
@@ -336,6 +336,9 @@ def test_a_tower_without_attention_gets_no_lora() -> None:
     tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"no linear layers in its attention.*=frozen or vision"):
         find_attention_linears(tower)
+    joined, _ = tiny_vision("clip+timm with batch norm")
+    with pytest.raises(ValueError, match=r"TimmWrapperModel has no linear layers in its attention"):
+        find_attention_linears(joined)
     with pytest.raises(ValueError, match=r"no list of layers .*layer_decay to 1"):
         find_layers(tower)
 
