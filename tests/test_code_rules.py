@@ -44,7 +44,7 @@ BUDGETS = {
     ".": 2610,  # several vision towers as one
     "building": 1240,  # several vision towers as one
     "cli": 978,
-    "configs": 777,  # deterministic, crops, beta2, the precision of the loss, several towers
+    "configs": 780,  # deterministic, crops, beta2, loss precision, several towers, temperature
     "conversion": 536,
     "data": 4330,
     "demo": 86,

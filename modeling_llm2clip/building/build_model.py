@@ -20,7 +20,7 @@ from ..configs.build_config import (
     list_vision_sources,
 )
 from ..configs.export_config import CardConfig
-from ..configuration_llm2clip import LLM2CLIPConfig
+from ..configuration_llm2clip import LOGIT_SCALE_INIT, LLM2CLIPConfig
 from ..data.atomic_files import require_new_folder
 from ..encoding.devices import find_device
 from ..loading_llm2clip import naming_fields
@@ -277,6 +277,7 @@ def configure_model(
     num_blocks = DEFAULT_ADAPTER_LAYERS if num_blocks is None else num_blocks
     dense_width = None
     projection_dim = config.projection_dim or DEFAULT_PROJECTION_DIM
+    log_scale = config.logit_scale_init_value
     if embedder is None:
         template = resolve_template(
             tokenizer, config.prompt, prefix=config.prompt_prefix, suffix=config.prompt_suffix
@@ -316,6 +317,7 @@ def configure_model(
         text_adapter_layers=None if config.keep_embeddings else num_blocks,
         vision_pooling=config.vision_pooling,
         visual_projection_bias=config.visual_projection_bias,
+        logit_scale_init_value=LOGIT_SCALE_INIT if log_scale is None else log_scale,
     )
     return model_config, tokenizer
 

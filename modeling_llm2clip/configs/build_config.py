@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -58,7 +59,7 @@ class BuildConfig(DeviceConfig):
 
     without_flags = (
         "seed", "text_adapter_layers", "normalize_text_before_adapter", "truncate_dim",
-        "visual_projection_bias",
+        "visual_projection_bias", "logit_scale_init_value",
     )  # fmt: skip
 
     prompt: BuildPrompt | None = None
@@ -109,6 +110,9 @@ class BuildConfig(DeviceConfig):
     visual_projection_bias: bool = True
     """Add a bias to the image projection. Align needs this bias for a closed-form start. A kept
     projection has no bias."""
+    logit_scale_init_value: Annotated[float, Interval(ge=0, le=math.log(100))] | None = None
+    """Logarithm of the inverse temperature to start from. Trained CLIPs end near ln 100 = 4.60517.
+    A small learning rate hardly moves it. Default: ln(1/0.07) = 2.6593, as CLIP starts."""
     image_size: Annotated[int, Interval(ge=1)] | None = None
     """Side of the square input image, in pixels. Default: the tower's own size."""
     normalization: Normalization = "own"

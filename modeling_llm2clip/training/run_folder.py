@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -149,9 +149,7 @@ def require_same_run(
     if not (folder / RUN_FILE).is_file():
         return
     record = read_run_record(folder)
-    # An option that was added after the run started had its default value.
-    defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
-    earlier = _flatten({**_to_json(defaults), **record["config"], **record["inputs"]})
+    earlier = _flatten({**_add_defaults(config, record["config"]), **record["inputs"]})
     now = _flatten({**_to_json(asdict(config)), **_to_json(inputs)})
     ignored = _MAY_DIFFER | set(may_differ)
     different = [
@@ -345,6 +343,17 @@ def _read(folder: Path) -> dict[str, Any]:
 def _write(folder: Path, record: Mapping[str, Any]) -> None:
     # Atomic, because a run that is killed here must still be recognized on resume.
     write_atomically(folder / RUN_FILE, write_sealed(_to_json(record)).encode())
+
+
+def _add_defaults(config: Config, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the default of every option that did not exist when a run was recorded."""
+    defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
+    sections = {
+        name: _add_defaults(getattr(config, name), value)
+        for name, value in recorded.items()
+        if isinstance(value, dict) and is_dataclass(getattr(config, name, None))
+    }
+    return {**_to_json(defaults), **recorded, **sections}
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

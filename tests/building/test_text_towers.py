@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +220,22 @@ def test_of_a_model_that_also_takes_images_the_language_model_is_taken(tmp_path:
     again = AutoModel.from_pretrained(tmp_path / "model")
     assert type(again.text_model) is type(whole)
     assert torch.equal(again.text_model.embed_tokens.weight, whole.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    ("option", "scale"), [(math.log(100), 100), (4.0, math.exp(4)), (None, 1 / 0.07)]
+)
+def test_a_model_starts_at_the_chosen_temperature(
+    option: float | None, scale: float, tmp_path: Path
+) -> None:
+    config = BuildConfig(prompt="llama-3", text_adapter_layers=0, logit_scale_init_value=option)
+    built, processor = join_towers(tiny_vision(), (tiny_llm(), tiny_tokenizer()), config)
+    save_model(built, processor, tmp_path / "model")
+    loaded = AutoModel.from_pretrained(tmp_path / "model")
+    assert loaded.logit_scale.exp().item() == pytest.approx(scale)
+    assert check_model(tmp_path / "model").healthy
+    with pytest.raises(ValueError, match="logit_scale_init_value=100"):
+        replace(config, logit_scale_init_value=100.0)  # the scale instead of its logarithm
 
 
 @pytest.mark.parametrize(

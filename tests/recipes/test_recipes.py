@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -177,6 +178,8 @@ def test_a_run_of_the_paper_has_its_settings(file: Path) -> None:
         assert build.visual_projection_bias is not file.stem.startswith("openai")
         assert build.normalization == "openai"
     assert build.normalize_text_before_adapter is not is_siglip
+    # A learning rate of 1e-5 leaves the temperature of an untrained model where it starts.
+    assert build.logit_scale_init_value == (None if is_siglip else pytest.approx(math.log(100)))
     # The paper does not use the regularization for small datasets.
     assert align.caption_noise == 0 and config.test_size == 0
 

@@ -168,6 +168,19 @@ def test_a_recipe_with_a_base_runs_and_resumes_as_both_merged(
         train(recipe)
 
 
+def test_a_run_resumes_after_a_section_got_another_option(copied: TrainConfig) -> None:
+    file = copied.output / "run.json"
+    record = read_sealed(file.read_text("utf-8"))
+    assert record["config"]["align"].pop("compile") is False
+    assert record["config"]["build"].pop("logit_scale_init_value") is None
+    file.write_text(write_sealed(record), "utf-8")
+    for section, options in (("build", {"logit_scale_init_value": 4.0}), ("finetune", None)):
+        changed = options and replace(getattr(copied, section), **options)
+        with pytest.raises(ValueError, match=rf"another run: {section}\.[^;]+ None"):
+            train(replace(copied, **{section: changed}))
+    assert "text to image R@1" in run(copied).text
+
+
 def test_other_captions_are_another_run(copied: TrainConfig) -> None:
     """Even if the data have no others; a run from before there was a choice resumes."""
     file = copied.output / "run.json"
