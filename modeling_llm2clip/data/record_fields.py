@@ -96,6 +96,11 @@ def list_ignored(
                 f"caption_fields: {name} is not a field of captions, or is also in ignore_fields."
                 f"{did_you_mean(name, fields)} The fields are {', '.join(fields)}."
             )
+    if not {*caption_fields} & CAPTION_FIELDS:
+        raise ValueError(
+            f"caption_fields: one field must hold short captions, not only {[*caption_fields]}. "
+            f"Add one of {', '.join(SHORT_CAPTION_FIELDS)}."
+        )
     return sorted({*ignore_fields, *fields} - {*caption_fields})
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .._suggestions import counted
+from .record_fields import list_fields_read
 
 _PLACES_SHOWN = 5
 _NO_COLUMN = "no column '"
@@ -100,13 +101,14 @@ class ErrorCollector:
 
         Otherwise, records in that file would silently get the default for a forgotten field.
         """
-        for column in sorted(
-            {column for columns in self._files for column in columns} - {*ignored}
-        ):
-            having = next(files for columns, (_, files) in self._files.items() if column in columns)
+        read = {
+            columns: list_fields_read({*columns}.difference(ignored)) for columns in self._files
+        }
+        for column in sorted({column for columns in read.values() for column in columns}):
+            having = next(self._files[columns][1] for columns in read if column in read[columns])
             kind = f"{_NO_COLUMN}{column}', which {having[0]} has"
             for columns, (count, files) in self._files.items():
-                if column not in columns:
+                if column not in read[columns]:
                     self._add_all(kind, count, files)
         self._files.clear()
 

@@ -62,7 +62,7 @@ from .source_files import SourceFiles, SourcePart
 
 IMAGE_REPEATED = "image and language repeated"  # kind of error
 TEXT_REPEATED = "name or id repeated in one language"  # the same, if only texts are read
-_FORMAT_VERSION = 8
+_FORMAT_VERSION = 9
 # A smaller index stays in memory, because rebuilding it is about as fast as finding it.
 _MOST_ROWS_IN_MEMORY = 20_000
 # Processes take a second to start.

@@ -137,7 +137,8 @@ def check_record(
     if name is None and not require_images:
         problems.append("no 'file_name', 'image' or 'group_id' to name it by")
     if modality != "image":
-        problems += [f"no {name!r}" for name in caption_fields if name not in fields]
+        missing = [name for name in caption_fields if fields.get(name) in (None, [])]
+        problems += [f"no {name!r}" for name in missing]
     captions = _read_captions(fields, names, problems, required=modality != "image")
     long_captions = _read_texts(fields, names.long_captions, problems)
     keywords = _read_texts(fields, ["keywords"], problems) if "keywords" in fields else []

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..images.image_sources import ParquetImage
 from ..images.parquet_images import find_column_layout, mark_images
-from ..record_fields import RawRecord, list_fields_read
+from ..record_fields import RawRecord
 from ..remote.file_locations import FileLocation, describe_states, open_file, require_unchanged
 from ..remote.remote_access import AccessError, name_reading_error
 from ..validation_errors import ErrorCollector
@@ -76,7 +76,7 @@ def read_parquet_file(
         errors.add(f"no column {', '.join(sorted(lost))}", name)
         return
     if columns is None and opened.metadata.num_rows:
-        errors.note_columns(list_fields_read(sources), name)
+        errors.note_columns(sources, name)
     read = {*sources.values(), *only, *(DOWNLOAD_COLUMNS if is_downloaded else ())}
     for number, row, paths in _read_all(file, opened, read, name, errors):
         if any(row[column] != value for column, value in only.items()):

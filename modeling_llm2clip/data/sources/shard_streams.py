@@ -20,7 +20,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..images.image_sources import EncodedImage
-from ..record_fields import RawRecord, list_fields_read
+from ..record_fields import RawRecord
 from ..remote.remote_access import AccessError, LostFileError
 from ..remote.remote_files import RemoteFile
 from ..remote.shard_urls import find_format, name_beside
@@ -254,18 +254,18 @@ def _read_lines(stream: BinaryIO, file: RemoteFile, name: str) -> Iterator[Strea
 
 
 def _find_columns(opened: Any, name: str) -> ShardColumns | None:
-    """Return the columns of an open shard that records use; None if the shard has no rows."""
+    """Return the columns of an open shard as fields; None if the shard has no rows."""
     if not opened.metadata.num_rows:
         return None
     columns = opened.schema_arrow.names
     if repeated := [column for column, count in Counter(columns).items() if count > 1]:
         raise ShardColumnsError(f"{name} has two columns named {repeated[0]!r}. Rename one.")
     fields = choose_download_columns(columns) if is_download(columns) else columns
-    return name, frozenset(list_fields_read(fields))
+    return name, frozenset(fields)
 
 
 def read_columns(file: RemoteFile, name: str) -> ShardColumns | None:
-    """Return the columns of a shard that records use; None if the shard is unreadable or empty."""
+    """Return the columns of a shard as fields; None if the shard is unreadable or empty."""
     try:
         with closing(file.open_seekable()) as source, pq.ParquetFile(source) as opened:
             return _find_columns(opened, name)

@@ -20,7 +20,7 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..._extras import REMOTE_STREAMS, require
-from ..record_fields import list_ignored
+from ..record_fields import list_fields_read, list_ignored
 from ..records.records import CaptionedImage, RecordRules, check_record
 from ..remote.remote_access import LostFileError, RetryPolicy
 from ..remote.remote_files import RemoteFile
@@ -42,8 +42,10 @@ _FIRST_SHARDS = 2  # all but one may be missing
 class UrlShards(ShardReader):
     """Shards at paths, URLs or commands. At least one of the first two shards must open."""
 
-    def __init__(self, shards: Sequence[str], policy: RetryPolicy) -> None:
-        self.shards = list(shards)
+    def __init__(
+        self, shards: Sequence[str], policy: RetryPolicy, ignored: Collection[str]
+    ) -> None:
+        self.shards, self._ignored = list(shards), ignored
         self._names = name_shards(shards)
         self._policy = policy
         self._infos: dict[int, list[Any]] = {}
@@ -84,7 +86,10 @@ class UrlShards(ShardReader):
     def _require_same_columns(self, columns: ShardColumns) -> None:
         if self._columns is None:  # the first shards are broken
             self._columns = columns
-        (first, fields), (shard, others) = self._columns, columns
+        shards = (self._columns, columns)
+        (first, fields), (shard, others) = (
+            (name, {*list_fields_read(names.difference(self._ignored))}) for name, names in shards
+        )
         if differing := sorted(fields ^ others):
             raise ShardColumnsError(
                 f"{shard} and {first} have different columns; only one of them has: "
@@ -137,9 +142,9 @@ def stream_records(
         >>> stream = stream_records("https://host/{00000..00331}.tar")  # doctest: +SKIP
         >>> record = next(iter(stream))  # doctest: +SKIP
     """
-    policy = retry or RetryPolicy()
+    policy, ignored = retry or RetryPolicy(), list_ignored(ignore_fields, caption_fields)
     return RecordStream(
-        UrlShards(list_shards(source, policy), policy),
+        UrlShards(list_shards(source, policy), policy, ignored),
         seed=seed,
         buffer_size=buffer_size,
         process_index=process_index,

@@ -166,6 +166,10 @@ def test_chosen_captions_are_required(tmp_path: Path) -> None:
     assert errors_of(source, caption_fields=chosen).counts == {"no 'longSV_captions'": 1}
     assert len(load_records(source, caption_fields=chosen, modality="image")) == 1
     assert list(stream_records(source, caption_fields=chosen, max_lost_share=1)) == []
+    # An empty list holds no caption either.
+    empty = write_dreamlip(tmp_path / "empty", longSV_captions=[])
+    assert errors_of(empty, caption_fields=chosen).counts == {"no 'longSV_captions'": 1}
+    assert list(stream_records(empty, caption_fields=chosen, max_lost_share=1)) == []
 
 
 @pytest.mark.parametrize(
@@ -173,6 +177,11 @@ def test_chosen_captions_are_required(tmp_path: Path) -> None:
     [
         ({"caption_fields": ["shortSV_caption"]}, "Did you mean shortSV_captions?"),
         ({"caption_fields": ["text"], "ignore_fields": ["text"]}, "is also in ignore_fields"),
+        (
+            {"caption_fields": ["longSV_captions"]},
+            "short captions, not only ['longSV_captions']. Add",
+        ),
+        ({"caption_fields": []}, "must hold short captions, not only []. Add one of captions,"),
     ],
 )
 @pytest.mark.parametrize("read", [load_records, stream_records])

@@ -7,7 +7,7 @@ import resource
 import shutil
 import traceback
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,22 @@ def test_columns_that_change_no_record_may_differ(tmp_path: Path) -> None:
     pq.write_table(table, folder / "00001.parquet")
     pq.write_table(table.drop_columns(["lang"]).slice(0, 0), folder / "00002.parquet")  # no rows
     assert len(list_names(stream_records(folder))) == 6
+
+
+@pytest.mark.parametrize("read", [load_records, stream_records])
+@pytest.mark.parametrize("name", ["caption", "text", "long_captions"])
+def test_ignored_columns_may_differ(read: Callable[..., Any], name: str, tmp_path: Path) -> None:
+    """Also if the field goes by another name, and if other captions are chosen."""
+    folder = write_columns(tmp_path, ("long_captions",), ("long_captions",))
+    first, second = (pq.read_table(file) for file in sorted(folder.iterdir()))
+    names = {"captions": "shortSV_captions"}
+    pq.write_table(first.rename_columns(names), folder / "00000.parquet")
+    second = second.append_column(name, second["captions"]).rename_columns(names)
+    pq.write_table(second, folder / "00001.parquet")
+    for options in ({"ignore_fields": [name]}, {"caption_fields": ["shortSV_captions"]}):
+        assert {record.captions for record in read(folder, **options)} == {("ein Bild",)}
+    with pytest.raises(ValueError, match=r"(?s)column.*captions"):
+        list(read(folder))
 
 
 def test_columns_are_compared_although_the_first_shard_cannot_be_read(tmp_path: Path) -> None:
