@@ -65,7 +65,11 @@ def check_options(tower: PreTrainedModel, options: Mapping[str, Any]) -> None:
     implementation does not compute.
     """
     if options:
-        known = {*inspect.signature(tower.forward).parameters, *TransformersKwargs.__annotations__}
+        known = {
+            *inspect.signature(tower.forward).parameters,
+            # Joined towers have no tokens in common, so they return no hidden states.
+            *(() if hasattr(tower, "towers") else TransformersKwargs.__annotations__),
+        }
         if unknown := sorted({*options} - known):
             raise TypeError(f"{type(tower).__name__} has no arguments {unknown}. Remove them.")
         if options.get("output_attentions") and tower.config._attn_implementation != "eager":

@@ -75,6 +75,22 @@ class JoinedVisionConfig(PreTrainedConfig):
         pixel_shifts: Sequence[Sequence[float]],
         **kwargs: Any,
     ) -> None:
+        _check_unknown_fields(kwargs, "JoinedVisionConfig", {"architecture", "image_size"})
+        for name, values, expected, fits in (
+            ("towers", towers, "a configuration", bool),
+            ("image_sizes", image_sizes, *_INTEGER),
+            ("pixel_scales", pixel_scales, *_COLOR),
+            ("pixel_shifts", pixel_shifts, *_COLOR),
+        ):
+            if not (
+                isinstance(values, list | tuple)
+                and len(values) == len(towers) > 0
+                and all(map(fits, values))
+            ):
+                raise ValueError(
+                    f"vision_config.{name} must be a list with {expected} for each of the towers, "
+                    f"not {values!r}. Restore config.json from the original model folder."
+                )
         super().__init__(**{**kwargs, "image_size": max(image_sizes)})
         self.towers = [_tower_config(tower, name="vision_config.towers") for tower in towers]
         self.image_sizes, self.pixel_scales = list(image_sizes), list(pixel_scales)
@@ -181,7 +197,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
-        _check_unknown_fields(kwargs)
+        _check_unknown_fields(kwargs, "LLM2CLIPConfig", {*_SAVED_FIELDS, *_TYPES})
         _check_types(locals())
         # The base class sets the attention implementation of any tower that is already assigned.
         # So it is initialized before the towers, and a requested implementation is set afterward.
@@ -400,6 +416,12 @@ def _is_number(value: Any) -> bool:
 # Types are never converted: in Python, "false" is truthy and "32" sorts before "4".
 _INTEGER = ("an integer", _is_integer)
 _OPTIONAL = ("an integer or None", lambda value: value is None or _is_integer(value))
+_COLOR = (
+    "three numbers",
+    lambda values: (
+        isinstance(values, list | tuple) and len(values) == 3 and all(map(_is_number, values))
+    ),
+)
 _BOOLEAN = ("true or false", lambda value: isinstance(value, bool))
 _IDS = (
     "a list of token ids",
@@ -472,15 +494,14 @@ def _migrate(content: dict[str, Any]) -> dict[str, Any]:
 _warn_once = cache(partial(warnings.warn, stacklevel=3))
 
 
-def _check_unknown_fields(kwargs: dict[str, Any]) -> None:
+def _check_unknown_fields(kwargs: dict[str, Any], owner: str, own_fields: set[str]) -> None:
     """Refuse misspelled fields; warn once about other unknown fields."""
-    own_fields = {*_SAVED_FIELDS, *_TYPES}
-    known = _BASE_FIELDS | set(PreTrainedConfig().to_dict())
+    known = _BASE_FIELDS | own_fields | set(PreTrainedConfig().to_dict())
     unknown = sorted(key for key in kwargs if key not in known and not key.startswith("_"))
     near = {field: get_close_matches(field, own_fields, 1, 0.85) for field in unknown}
     if misspelled := [f"{field!r} for {like[0]!r}" for field, like in near.items() if like]:
         raise ValueError(
-            f"LLM2CLIPConfig: these fields look misspelled: {', '.join(misspelled)}. Correct or "
+            f"{owner}: these fields look misspelled: {', '.join(misspelled)}. Correct or "
             "rename them."
         )
     if "transformers_weights" in unknown:
@@ -490,7 +511,7 @@ def _check_unknown_fields(kwargs: dict[str, Any]) -> None:
         )
     if unknown:
         _warn_once(
-            f"LLM2CLIPConfig has no fields {unknown}. The model ignores them, but they are kept in "
+            f"{owner} has no fields {unknown}. The model ignores them, but they are kept in "
             "the saved config.json."
         )
     _refuse_large_counts(kwargs, name="config.json")

@@ -41,8 +41,8 @@ MOST_FUNCTION_LINES = 60
 # folder may grow by HEADROOM until the next release. Beyond that, new code replaces old, or the
 # commit raises the budget and says why.
 BUDGETS = {
-    ".": 2610,  # several vision towers as one
-    "building": 1240,  # several vision towers as one
+    ".": 2620,  # several vision towers as one, whose configuration is checked
+    "building": 1250,  # several vision towers as one; other colors and dtypes are refused
     "cli": 978,
     "configs": 780,  # deterministic, crops, beta2, loss precision, several towers, temperature
     "conversion": 536,

@@ -145,13 +145,14 @@ def join_towers(
     Raises:
         ValueError: No prompt is chosen; `keep_projection` is set for a tower without a text
             encoder, for several towers, or with another `projection_dim`; several towers do not
-            have one fixed size each; a source does not exist (checked before any
-            tower is loaded); the tokenizer belongs to another model, or the prompt does not fit it;
-            the vision tower does not support the image size, or is not deterministic; the LLM has
-            too few layers for `text_layers`, or cannot be cut; the LoRA is for another LLM or for
-            more layers than are kept; the LLM's family cannot be made bidirectional, or kept
-            causal; a tower's configuration does not describe its network, so it would load as a
-            different network; or an embedder cannot be reproduced exactly.
+            have one fixed size each, or differ in dtype or order of channels; no vision tower is
+            listed, or one twice; a source does not exist (checked before any tower is loaded);
+            the tokenizer belongs to another model, or the prompt does not fit it; the vision tower
+            does not support the image size, or is not deterministic; the LLM has too few layers for
+            `text_layers`, or cannot be cut; the LoRA is for another LLM or for more layers than are
+            kept; the LLM's family cannot be made bidirectional, or kept causal; a tower's
+            configuration does not describe its network, so it would load as a different network; or
+            an embedder cannot be reproduced exactly.
         MissingExtraError: The prompt is `own`, and sentence-transformers is not installed.
 
     Examples:
@@ -162,6 +163,8 @@ def join_towers(
     """
     config.require_prompt()
     visions = list_vision_sources(vision)
+    if not visions:
+        raise ValueError("vision is an empty list. List at least one vision tower.")
     vision_names = [source for source in visions if not isinstance(source, tuple)]
     text_name = None if isinstance(text, tuple) else text
     require_sources(vision=vision_names, text=text_name, lora=config.lora)

@@ -121,7 +121,18 @@ def join_vision_towers(
     The image processor is that of the largest size, of several the first. The other towers see its
     images, resized. Each processor's normalization is measured on plain images.
     """
-    names = [tower.config.name_or_path or tower.config.model_type for tower, _ in towers]
+    configs = [tower.config for tower, _ in towers]
+    names = [config.name_or_path or config.model_type for config in configs]
+    if len(dict(towers)) < len(towers) or any(hasattr(c, "towers") for c in configs):
+        raise ValueError(
+            f"{', '.join(names)} cannot be joined: a tower is listed twice, or is a joined tower. "
+            "List each single tower, and load it again to use it twice."
+        )
+    if len(dtypes := sorted({str(tower.dtype) for tower, _ in towers})) > 1:
+        raise ValueError(
+            f"{', '.join(names)} have the dtypes {', '.join(dtypes)}, but joined towers are saved "
+            f"in one. Cast them first, for example with tower.to({dtypes[-1]})."
+        )
     sizes, colors = [], []
     for name, (tower, image_processor) in zip(names, towers, strict=True):
         images = black, white, _ = [
@@ -149,7 +160,6 @@ def join_vision_towers(
                 "colors differently, for example to BGR. Use another tower, or an image processor "
                 "with the same order of channels."
             )
-    configs = [tower.config for tower, _ in towers]
     config = JoinedVisionConfig(
         configs,
         sizes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ import pytest
 import torch
 from aligning import SHORT_RUN, EndAfter, names_that_differ, prepare
 from PIL import Image
-from tiny import JOINED, draw_noise, tiny_dual_encoder, tiny_llm, tiny_tokenizer, tiny_vision
+from tiny import (
+    JOINED,
+    draw_noise,
+    tiny_dual_encoder,
+    tiny_llm,
+    tiny_model,
+    tiny_tokenizer,
+    tiny_vision,
+)
 from tiny_folders import save_tiny_llm
 from transformers import (
     AutoModel,
@@ -25,7 +34,7 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.vision_towers import join_vision_towers
 from modeling_llm2clip.configs.build_config import BuildConfig
-from modeling_llm2clip.configuration_llm2clip import LLM2CLIPConfig
+from modeling_llm2clip.configuration_llm2clip import JoinedVisionConfig, LLM2CLIPConfig
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_vision
 
 CONFIG = BuildConfig(prompt="llama-3", max_text_length=32)
@@ -141,6 +150,60 @@ def test_only_one_dual_encoder_can_keep_its_projection(tmp_path: Path) -> None:
     config = BuildConfig(prompt="llama-3", keep_projection=True)
     with pytest.raises(ValueError, match=r"keep_projection .* of one dual encoder, not of 2"):
         join_towers(vision, save_tiny_llm(tmp_path / "llm"), config)
+
+
+@pytest.mark.parametrize("case", ["none", "one twice", "joined before", "of two dtypes"])
+def test_only_several_single_towers_of_one_dtype_are_joined(case: str) -> None:
+    clip, dinov2 = tiny_vision("clip"), tiny_vision("dinov2")
+    towers, reason = {
+        "none": ([], "vision is an empty list"),
+        "one twice": ([clip, clip], "a tower is listed twice"),
+        "joined before": ([clip, tiny_vision(JOINED)], "or is a joined tower"),
+        "of two dtypes": (
+            [clip, (dinov2[0].bfloat16(), dinov2[1])],
+            r"have the dtypes torch.bfloat16, torch.float32.* Cast them first",
+        ),
+    }[case]
+    text = (tiny_llm(vocabulary_size=len(tiny_tokenizer())), tiny_tokenizer())
+    with pytest.raises(ValueError, match=reason):
+        join_towers([*towers], text, CONFIG)
+
+
+def test_joined_towers_have_no_hidden_states_to_ask_for() -> None:
+    model, _ = tiny_model(JOINED)
+    with pytest.raises(TypeError, match=r"has no arguments \['output_hidden_states'\]. Remove"):
+        model.get_image_features(torch.rand(1, 3, 32, 32), output_hidden_states=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("towers", [], "a configuration"),
+        ("towers", None, "a configuration"),
+        ("image_sizes", [32], "an integer"),
+        ("image_sizes", 32, "an integer"),
+        ("image_sizes", [32, "16"], "an integer"),
+        ("pixel_scales", [[1.0] * 3], "three numbers"),
+        ("pixel_scales", [[1.0] * 3, [1.0] * 2], "three numbers"),
+        ("pixel_shifts", [[0.0] * 3, 0.0], "three numbers"),
+        ("pixel_shifts", [[0.0] * 3, [0.0, None, 0.0]], "three numbers"),
+    ],
+)
+def test_joined_fields_of_another_length_or_type_are_refused(
+    field: str, value: Any, expected: str
+) -> None:
+    content = tiny_vision(JOINED)[0].config.to_dict()
+    with pytest.raises(ValueError, match=rf"{field} must be a list with {expected} for each"):
+        JoinedVisionConfig.from_dict({**content, field: value})
+
+
+def test_an_unknown_field_of_joined_towers_causes_a_warning() -> None:
+    content = tiny_vision(JOINED)[0].config.to_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        JoinedVisionConfig.from_dict(content)
+    with pytest.warns(UserWarning, match=r"JoinedVisionConfig has no fields \['tower_names'\]"):
+        JoinedVisionConfig.from_dict({**content, "tower_names": []})
 
 
 @pytest.mark.parametrize("training", ["full", pytest.param("lora", marks=pytest.mark.slow)])

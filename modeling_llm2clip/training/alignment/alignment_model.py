@@ -311,8 +311,11 @@ def merge_loras(model: AlignmentModel, adapted: dict[str, Any]) -> dict[str, Ten
 def find_attention_linears(tower: nn.Module) -> list[str]:
     """List the names of the linear layers in a vision transformer's attention, or in several's."""
     if len(towers := list_towers(tower)) > 1:
-        joined = enumerate(map(find_attention_linears, towers))
-        return [f"towers.{i}.{name}" for i, names in joined for name in names]
+        return [
+            f"towers.{i}.{name}"
+            for i, each in enumerate(towers)
+            for name in find_attention_linears(each)
+        ]
     modules = dict(tower.named_modules())
     # torch's own attention uses its weights directly, so a LoRA layer in it would never run.
     fused = tuple(f"{n}." for n, m in modules.items() if isinstance(m, nn.MultiheadAttention))
