@@ -62,6 +62,7 @@ from ..trainer_mixins import (
 from .align_checks import (
     check_batch,
     check_data,
+    check_own_parts,
     check_processes,
     check_stream,
     open_stores,
@@ -136,10 +137,10 @@ def align(
         image_transform: Transforms each decoded training image, a PIL image, before the image
             processor, instead of `config.min_crop_area`. It must draw random numbers only from
             torch, whose generator is seeded for each batch, so a resumed run continues identically.
-            Held-out images are not transformed. A resumed run needs the same `repr`. Not allowed
-            with an `image_store`.
+            Held-out images are not transformed. A resumed run needs the same `repr`, so an object
+            with Python's default one is refused. Not allowed with an `image_store`.
         optimizer: Makes the optimizer from parameter groups, each with its `lr` and `weight_decay`;
-            None for AdamW.
+            None for AdamW. It needs a `repr` like `image_transform`.
         data_name: Name of the data on the model card; None for no name.
         resume: Continue from the last checkpoint in `output`. Options, weights, stores, captions,
             images (by name and size) and the number of processes must be unchanged.
@@ -211,11 +212,7 @@ def plan_align(
     """Run all checks that need neither the data nor the model of an alignment."""
     config, output = config or AlignConfig(), Path(output)
     stores = open_stores(config, caption_store, image_store, inherit_from)
-    if image_transform is not None and (image_store is not None or config.min_crop_area):
-        raise ValueError(
-            "image_transform cannot be combined with an image_store, whose embeddings are of "
-            "untransformed images, or with min_crop_area. Leave one of them out."
-        )
+    check_own_parts(config, image_transform, optimizer, has_images=image_store is not None)
     chosen = build_loss(config, loss)
     parameters = chosen.parameters() if isinstance(chosen, nn.Module) else ()
     if is_sharded() and any(parameter.requires_grad for parameter in parameters):
@@ -460,6 +457,9 @@ def _record_end(
             add_results(output, stream=report)
     if best is None or not best.has_stopped_early:
         raise_if_stopped(trainer, output, stop)
+    if best is not None and best.choose_by == "last_step" and best.best_step < state.global_step:
+        state.max_steps = state.global_step  # a callback of the caller ended the run
+        best.on_step_end(trainer.args, state, trainer.control)
     losses = [line["loss"] for line in state.log_history if "loss" in line]
     if losses and not any(losses):
         raise ValueError(

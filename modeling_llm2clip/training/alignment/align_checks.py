@@ -262,3 +262,24 @@ def _find_torn(records: RecordTable) -> Array:
 
 def _list_names(pairs: Sequence[tuple[str, ...]], total: int) -> str:
     return list_first([f"{name} ({lang})" for name, lang in pairs], total=total)
+
+
+def check_own_parts(
+    config: AlignConfig, image_transform: object, optimizer: object, *, has_images: bool
+) -> None:
+    """Refuse a caller's transform or optimizer that an option excludes, or without settings."""
+    if image_transform is not None and (has_images or config.min_crop_area):
+        raise ValueError(
+            "image_transform cannot be combined with an image_store, whose embeddings are of "
+            "untransformed images, or with min_crop_area. Leave one of them out."
+        )
+    if optimizer is not None and "beta2" in config.list_given():
+        raise ValueError(
+            f"beta2={config.beta2} is an option of AdamW, which optimizer replaces. Leave one out."
+        )
+    for name, passed in (("image_transform", image_transform), ("optimizer", optimizer)):
+        if " object at 0x" in repr(passed):
+            raise ValueError(
+                f"{name}: the repr {passed!r} has no settings, so a resumed run could not tell "
+                "whether they changed. Give the class a __repr__ that names its settings."
+            )

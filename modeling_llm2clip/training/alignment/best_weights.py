@@ -159,7 +159,7 @@ class BestWeightsCallback(TrainerCallback):
 
     def _is_out_of_patience(self, step: int) -> bool:
         waited = (step - max(self.best_step, self.patience_begin)) // self.eval_steps
-        return 0 < self.patience <= waited
+        return 0 < self.patience <= waited and self.choose_by != "last_step"
 
     def _evaluate(self, *, step: int) -> None:
         """Evaluate the current weights and interpolations to the start; keep the best."""
@@ -183,6 +183,9 @@ class BestWeightsCallback(TrainerCallback):
 
     def _compare(self, scores: HeldOutScores, *, step: int, share: float) -> None:
         """Keep the model's current weights if they are the best so far."""
+        # Writing weights that the last step replaces would only cost time.
+        if self.choose_by == "last_step" and 0 < step < self.trainer.state.max_steps:
+            return
         if self.best is None or self._rank(scores, step) < self._rank(self.best, self.best_step):
             self.best, self.best_step, self.best_share = scores, step, share
             state = self.trainer.collect_trained()

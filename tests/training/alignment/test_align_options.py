@@ -28,7 +28,7 @@ from aligning import (
     weights_of,
 )
 from gloo_workers import find_free_port
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import Compose, RandomResizedCrop
 from transformers import TrainerCallback
 
 from modeling_llm2clip import LLM2CLIPModel
@@ -36,7 +36,7 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.model_writing import save_model
-from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.alignment.align import align, plan_align
 from modeling_llm2clip.training.alignment.alignment_data import make_random_crop
 from modeling_llm2clip.training.alignment.alignment_model import (
     AlignmentModel,
@@ -104,6 +104,41 @@ def test_a_resume_with_another_image_transform_is_refused(
         run(0.9, callbacks=[EndAfter(2)])
     with pytest.raises(ValueError, match="another run"):
         run(0.1, resume=True)
+
+
+class Cropping:
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def __call__(self, image: Any) -> Any:
+        return image
+
+
+@pytest.mark.parametrize(
+    "passed",
+    [Cropping(0.5), Cropping(0.5).__call__, partial(Cropping(0.5)), Compose([Cropping(0.5)])],
+    ids=["object", "method", "partial", "composed"],
+)
+@pytest.mark.parametrize("name", ["image_transform", "optimizer"])
+def test_what_hides_its_settings_is_refused_before_a_run(
+    name: str, passed: Any, prepared: Prepared, tmp_path: Path
+) -> None:
+    """A resume could not tell whether they changed."""
+    plan: Any = partial(plan_align, caption_store=prepared.captions)
+    with pytest.raises(ValueError, match=rf"(?s){name}: .*Cropping.* __repr__ that names its set"):
+        plan(tmp_path, **{name: passed})
+    for settled in (lambda image: image, partial(torch.optim.SGD, momentum=0.9), torch.optim.SGD):
+        plan(tmp_path, **{name: settled})
+
+
+def test_an_option_of_adamw_is_refused_with_another_optimizer(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"beta2=0\.9 is an option of AdamW, which optimizer repl"):
+        plan_align(
+            tmp_path, AlignConfig(beta2=0.9), caption_store=prepared.captions,
+            optimizer=torch.optim.SGD,
+        )  # fmt: skip
 
 
 @pytest.mark.slow

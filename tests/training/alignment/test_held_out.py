@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from aligning import Prepared, names_that_differ, read_metrics, weights_of
+from aligning import EndAfter, Prepared, names_that_differ, read_metrics, weights_of
+from safetensors import safe_open
+from transformers import TrainerCallback
 
 from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip._suggestions import counted
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
+from modeling_llm2clip.data.sealed_manifest import read_sealed
 from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.heads_llm2clip import LogitRule
 from modeling_llm2clip.training.alignment import held_out as held_out_module
@@ -27,6 +30,7 @@ from modeling_llm2clip.training.alignment.alignment_report import (
     describe_alignment,
     make_caution,
 )
+from modeling_llm2clip.training.alignment.best_weights import BEST_FILE
 from modeling_llm2clip.training.alignment.held_out import (
     HeldOutImages,
     HeldOutScores,
@@ -81,6 +85,30 @@ def test_the_last_step_is_kept_by_choice_even_if_the_start_was_better(
     # They are the last weights indeed: those that the last checkpoint holds.
     resumed = few.align_stored(run.copy_without_model(tmp_path / "other"), resume=True, **options)
     assert not names_that_differ(resumed.model, run.model)
+    # No weights are written that a later step replaces.
+    killed, options = tmp_path / "killed", {**options, "save_steps": 4}
+    with pytest.raises(KeyboardInterrupt):
+        few.align_stored(killed, callbacks=[EndAfter(7)], **options)
+    with safe_open(killed / BEST_FILE, framework="pt") as file:
+        assert read_sealed(file.metadata()["held_out"])["best_step"] == 0
+    again = few.align_stored(killed, resume=True, **options)
+    assert not names_that_differ(again.model, run.model)
+
+
+class StopAtSeven(TrainerCallback):
+    def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
+        control.should_training_stop = state.global_step == 7
+
+
+def test_the_last_step_is_kept_even_if_a_callback_ends_the_run(
+    few: Prepared, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        "max_steps": 12, "eval_steps": 3, "choose_by": "last_step", "refit": False
+    }  # fmt: skip
+    run = few.align_stored(tmp_path / "run", callbacks=[StopAtSeven()], **options)
+    assert run.best_step == run.results["steps"] == 7
+    assert list(read_metrics(run.output, "held_out_loss")) == [3, 6, 7]
 
 
 @pytest.fixture(scope="module")
