@@ -11,7 +11,8 @@ training from random weights. Every model is asked to find the images that were 
 are means over the splits with their standard errors; since all settings see the same splits, their
 differences from the closed form have errors of their own. With --work, models and stores stay in
 that folder and are taken from there the next time; seconds are then not measured. Datasets that the
-output has of the same commit stay in it. With --existing, the last command also
+output has of the same commit stay in it. With --vision-models, the recipe also builds on others in
+place of `embedded`, for the same splits, and their names stand behind the dataset's. With --existing, the last command also
 fine-tunes a model on the same towers that was trained on other images. Exits with 1 when the recipe
 reaches less than 0.9 of the best setting on any dataset.
 """
@@ -19,6 +20,7 @@ reaches less than 0.9 of the best setting on any dataset.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -84,6 +86,7 @@ def main() -> int:
         "--settings", nargs="*", default=list(OTHER_SETTINGS), choices=OTHER_SETTINGS,
         metavar="NAME", help="which other settings are tried; default: all",
     )  # fmt: skip
+    parser.add_argument("--vision-models", nargs="*", default=["embedded"], metavar="NAME")
     parser.add_argument("--work", type=Path, help="folder to keep stores in; default: none")
     output = Path(__file__).parents[1] / "results" / "first_run.json"
     parser.add_argument("--output", type=Path, default=output)
@@ -93,11 +96,12 @@ def main() -> int:
         "recipe": read_recipe(),
     }
     measured = read_earlier(arguments.output, record)
-    for text in arguments.data:
+    for text, vision in itertools.product(arguments.data, arguments.vision_models):
         name, _, folder = text.partition("=")
+        name = name if vision == "embedded" else f"{name}, {vision}"
         with tempfile.TemporaryDirectory() as scratch:
             work = Path(scratch) if arguments.work is None else arguments.work.resolve() / name
-            dataset = Dataset(Path(folder).resolve(), work / "whole")
+            dataset = Dataset(Path(folder).resolve(), work / "whole", vision)
             splits = []
             for seed in range(arguments.splits):
                 splits.append(
@@ -135,7 +139,7 @@ def read_earlier(file: Path, record: dict[str, Any]) -> dict[str, Any]:
 class Dataset:
     """A dataset with the model and the stores of all its images."""
 
-    def __init__(self, source: Path, whole: Path) -> None:
+    def __init__(self, source: Path, whole: Path, vision: str = "embedded") -> None:
         """Run the commands of the recipe that train nothing, unless `whole` has their outputs."""
         self.source, self.whole = source, whole
         self.lines = read_lines(source)
@@ -145,7 +149,7 @@ class Dataset:
         started = time.monotonic()
         for command in read_recipe()[:-1]:
             if is_new or " build " not in command:
-                run(command, whole)
+                run(command.replace("build embedded ", f"build {vision} "), whole)
         self.seconds = time.monotonic() - started if is_new else None
         self.records = load_records(whole / IMAGES)
 

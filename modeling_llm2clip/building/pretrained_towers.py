@@ -21,7 +21,13 @@ from typing import Any, cast
 import torch
 from tqdm import tqdm
 
-from ..configs.build_config import EMBEDDED, OWN_PROMPT, BuildConfig, list_vision_sources
+from ..configs.build_config import (
+    EMBEDDED,
+    EMBEDDED_VISION,
+    OWN_PROMPT,
+    BuildConfig,
+    list_vision_sources,
+)
 from ..data.atomic_files import default_cache_folder, hash_file
 from ..data.records.record_loading import find_example_data
 
@@ -87,14 +93,17 @@ def fetch_tower(tower: PretrainedTower, *, cache: Path | None = None) -> Path:
 def fetch_embedded(
     vision_model: str, text_model: str, config: BuildConfig
 ) -> tuple[list[Any], str, BuildConfig]:
-    """Replace the name "embedded" with the folders of the package's own towers.
+    """Replace the names "embedded" and "embedded-small" with folders of the package's own towers.
 
     The language model comes with its prompt, and with a LoRA that was fine-tuned on all layers,
     unless the config sets another prompt or LoRA. With the prompt "own", a sentence embedder is
     used instead. The vision towers are returned as a list.
     """
-    sources = list_vision_sources(vision_model)
-    visions = [str(fetch_tower(EFFICIENTNET)) if each == EMBEDDED else each for each in sources]
+    small, large = [EFFICIENTNET], [EFFICIENTNET, EFFICIENTNET_LITE1, EFFICIENTNET_LITE2]
+    towers = dict(zip(EMBEDDED_VISION, (large, small), strict=True))
+    visions: list[Any] = []
+    for source in list_vision_sources(vision_model):
+        visions += [str(fetch_tower(tower)) for tower in towers.get(source, [])] or [source]
     if text_model == EMBEDDED and config.prompt == OWN_PROMPT:
         text_model = str(fetch_tower(MINILM))
     elif text_model == EMBEDDED:

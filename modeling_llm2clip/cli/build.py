@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .._extras import DEMO, EMBEDDER, require
-from ..configs.build_config import EMBEDDED, OWN_PROMPT, BuildConfig, list_vision_sources
+from ..configs.build_config import EMBEDDED_VISION, OWN_PROMPT, BuildConfig, list_vision_sources
 from ..configs.export_config import CardConfig
 from .command import command
 from .options import require_text_tower, use_device
@@ -44,7 +44,7 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     require_new_folder(output)
     vision_models = list_vision_sources(vision_model)
     embedded = {name for name, towers in (("vision", vision_models), ("text", [text_model]))
-                if EMBEDDED in towers}  # fmt: skip
+                if not {*EMBEDDED_VISION}.isdisjoint(towers)}  # fmt: skip
     require(*([EMBEDDER] if config.prompt == OWN_PROMPT else []))
     if embedded:
         require(*DEMO)
@@ -61,7 +61,7 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     from ..building.build_model import build_model
 
     card = CardConfig(
-        vision_license="apache-2.0" if vision_model == EMBEDDED else None,
+        vision_license="apache-2.0" if vision_model in EMBEDDED_VISION else None,
         text_license="apache-2.0" if "text" in embedded else None,
     )
     folder = build_model(vision_models, text_model, output, config, card=card)

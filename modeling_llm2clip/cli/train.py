@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .._extras import CAPTION_TUNING, DEMO, require
-from ..configs.build_config import EMBEDDED, list_vision_sources
+from ..configs.build_config import EMBEDDED_VISION, list_vision_sources
 from ..configs.config_fields import ImageLimitsConfig, read_config
 from ..configs.train_config import TrainConfig
 from .command import command
@@ -30,7 +30,7 @@ def train(recipe: Path, /, *, dry_run: bool = False, limits: ImageLimitsConfig) 
     towers = (*list_vision_sources(config.vision_model), config.text_model)
     if "/" in (folder := _find_folder(config.data)):  # before the towers are looked up on the Hub
         require_data(folder, config)
-    require(*CAPTION_TUNING, *(DEMO if EMBEDDED in towers else ()))
+    require(*CAPTION_TUNING, *(() if {*EMBEDDED_VISION}.isdisjoint(towers) else DEMO))
     require_text_tower(config.text_model, config.build.lora)
     use_image_limits(limits)
     use_device(config.device)

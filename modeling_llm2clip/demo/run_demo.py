@@ -76,9 +76,9 @@ def _list_texts(record: CaptionedImage) -> tuple[str, ...]:
 def make_demo_config(
     output: Path, *, max_steps: int | None = None, seed: int = 0, device: str = "auto"
 ) -> TrainConfig:
-    """Return the demo's recipe: the embedded towers, with an LLM that is already fine-tuned."""
+    """Return the demo's recipe: the smallest embedded towers, with a fine-tuned LLM."""
     return TrainConfig(
-        vision_model=EMBEDDED,
+        vision_model="embedded-small",
         text_model=EMBEDDED,
         data=EMBEDDED,
         output=output,

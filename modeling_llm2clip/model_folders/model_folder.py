@@ -22,7 +22,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from huggingface_hub.file_download import repo_folder_name
 
 from .._suggestions import list_first
-from ..configs.build_config import EMBEDDED
+from ..configs.build_config import EMBEDDED, EMBEDDED_VISION
 from ..configs.encoding_config import DUAL_ENCODERS
 from ..data.sources.json_files import read_json
 
@@ -194,7 +194,7 @@ def require_sources(
     Nothing is loaded, and all missing sources are named at once. A text tower may be a `.gguf`
     file, also in a Hub repository (`owner/name/FILE.gguf`); both towers may be "embedded".
     """
-    visions = (source for source in vision if source != EMBEDDED)
+    visions = (source for source in vision if source not in EMBEDDED_VISION)
     errors = [_find_error("vision tower", source, file="config.json") for source in visions]
     if text is not None and Path(text).suffix == ".gguf":
         if not Path(text).is_file() and not is_hub_id(str(Path(text).parent)):

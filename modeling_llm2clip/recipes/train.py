@@ -17,7 +17,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, TrainerCallback
 
 from ..building.build_model import build_model
-from ..building.pretrained_towers import EMBEDDED, fetch_embedded
+from ..building.pretrained_towers import EMBEDDED, EMBEDDED_VISION, fetch_embedded
 from ..configs.build_config import DEFAULT_PROJECTION_DIM, list_vision_sources
 from ..configs.config_fields import read_config
 from ..configs.evaluation_config import EvaluatedModel
@@ -371,7 +371,7 @@ class _Recipe:
 def _build_towers(config: TrainConfig, folder: Path) -> None:
     vision, text, options = fetch_embedded(config.vision_model, config.text_model, config.build)
     licenses = [
-        _EMBEDDED_LICENSE if source == EMBEDDED else None
+        _EMBEDDED_LICENSE if source in EMBEDDED_VISION else None
         for source in (config.vision_model, config.text_model)
     ]
     card = CardConfig(
