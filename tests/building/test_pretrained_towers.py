@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from tiny_folders import save_tiny_llm, save_tiny_vision
 
+from modeling_llm2clip.building import pretrained_towers
 from modeling_llm2clip.building.build_model import build_model
 from modeling_llm2clip.building.pretrained_towers import (
     SMOLLM2,
@@ -126,3 +127,17 @@ def test_the_embedded_lora_is_of_the_embedded_llm_and_not_of_other_towers() -> N
     assert read_card_data(folder).training_data == ("COCO val2017 captions (CC BY 4.0)",)
     others = ("owner/vision", "owner/llm", BuildConfig(prompt="none"))
     assert fetch_embedded(*others) == (["owner/vision"], *others[1:])
+
+
+def test_embedded_joins_three_vision_towers_and_embedded_small_is_the_first_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pretrained_towers, "fetch_tower", lambda tower: Path(tower.name))
+    small, *others = (f"efficientnet-lite{variant}" for variant in range(3))
+    config = BuildConfig(prompt="none")
+    for name, expected in (
+        ("embedded-small", [small]),
+        ("embedded", [small, *others]),
+        ("owner/vision+embedded-small", ["owner/vision", small]),
+    ):
+        assert fetch_embedded(name, "owner/llm", config)[0] == expected
