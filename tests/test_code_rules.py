@@ -42,9 +42,9 @@ MOST_FUNCTION_LINES = 60
 # commit raises the budget and says why.
 BUDGETS = {
     ".": 2620,  # several vision towers as one, whose configuration is checked
-    "building": 1250,  # several vision towers as one; other colors and dtypes are refused
+    "building": 1277,  # several vision towers as one, and embedded ones
     "cli": 978,
-    "configs": 780,  # deterministic, crops, beta2, loss precision, several towers, temperature
+    "configs": 796,  # what the paper trains with, several towers, embedded-small
     "conversion": 536,
     "data": 4330,
     "demo": 86,

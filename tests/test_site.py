@@ -181,7 +181,7 @@ OF_OTHERS = {
     "OpenAIEmbeddings", "OpenAILikeEmbedding", "HuggingFaceEmbedding", "HuggingFaceEmbeddings",
     "OpenAIEmbedding", "query_instruction",
     "SentenceTransformersTextEmbedder", "query_embeddings", "concatenate_datasets",
-    "train_test_split", "id_rsa",
+    "train_test_split", "id_rsa", "RN50x4__openai",
     "LlamaFlashAttention2", "MistralFlashAttention2", "GemmaFlashAttention2",
     "Qwen2FlashAttention2", "Phi3FlashAttention2", "_update_causal_mask", "ModuleNotFoundError",
 }  # fmt: skip
