@@ -104,6 +104,8 @@ def fetch_embedded(
     visions: list[Any] = []
     for source in list_vision_sources(vision_model):
         visions += [str(fetch_tower(tower)) for tower in towers.get(source, [])] or [source]
+    if len({*visions}) < len(visions):
+        raise ValueError(f"{vision_model} names a vision tower twice. Name each once.")
     if text_model == EMBEDDED and config.prompt == OWN_PROMPT:
         text_model = str(fetch_tower(MINILM))
     elif text_model == EMBEDDED:

@@ -114,7 +114,8 @@ class BuildConfig(DeviceConfig):
     projection has no bias."""
     logit_scale_init_value: Annotated[float, Interval(ge=0, le=math.log(100))] | None = None
     """Logarithm of the inverse temperature to start from. Trained CLIPs end near ln 100 = 4.60517.
-    A small learning rate hardly moves it. Default: ln(1/0.07) = 2.6593, as CLIP starts."""
+    A small learning rate hardly moves it, and a closed-form start of `align` replaces it. Default:
+    ln(1/0.07) = 2.6593, as CLIP starts."""
     image_size: Annotated[int, Interval(ge=1)] | None = None
     """Side of the square input image, in pixels. Default: the tower's own size."""
     normalization: Normalization = "own"

@@ -79,10 +79,7 @@ def _find_cause(
         if float(measure_distances(directions, lost).max()) <= tolerance:
             return " The prompt is missing."
     if float(F.cosine_similarity(served, expected).min()) >= LEAST_COSINE:
-        return (
-            " The server may compute in bfloat16: start llm2clip serve with --precision float32, "
-            "or compare it with a folder exported in bfloat16."
-        )
+        return " The server may compute in bfloat16: start llm2clip serve with --precision float32."
     return ""
 
 

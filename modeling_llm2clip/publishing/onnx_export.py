@@ -82,13 +82,13 @@ _LOADERS = """\
 transformers.js loads the graphs as `CLIPTextModelWithProjection` and
 `CLIPVisionModelWithProjection`."""
 _TEXT_ONLY_USE = """\
-Text Embeddings Inference 1.9 serves this folder on a CPU, and `AutoModel` of transformers.js loads
-it."""
+Text Embeddings Inference 1.9 serves a folder with `onnx/model.onnx` on a CPU, and `AutoModel` of
+transformers.js loads it."""
 _CARD = """
 # {title}
 
 ONNX graphs of an LLM2CLIP model ([arXiv:2411.04997](https://arxiv.org/abs/2411.04997)), which map
-texts and images to unit-length embeddings in one space. Opset {opset}, IR {ir_version}.
+texts or images to unit-length embeddings in one space. Opset {opset}, IR {ir_version}.
 
 {files}
 

@@ -109,7 +109,8 @@ Part: TypeAlias = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 def _read_string(value: str, read_text: Callable[[str], str]) -> str | ImageInput:
     """Return a data URL of an image as an image, and any other string as a text."""
-    return ImageInput(image=value) if re.match(_DATA_URL, value) else read_text(value)
+    is_image = re.match(_DATA_URL, value, re.IGNORECASE)
+    return ImageInput(image=value) if is_image else read_text(value)
 
 
 def _tag_item(item: Any) -> str:

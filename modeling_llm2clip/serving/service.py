@@ -162,7 +162,11 @@ class EmbeddingService:
             require_trained(saved, purpose="serving", source=source)
             encoder: Encoder = load_onnx_encoder(source, weights=config.text_weights)
         else:
-            loaded, processor = load_model(source, device=config.device, precision=config.precision)
+            # In bfloat16, an embedding depends a little on the rest of its batch. A CPU's requests
+            # are small, so there an automatic precision is the stored dtype.
+            on_cpu = find_device(config.device).type == "cpu"
+            precision = None if on_cpu and config.precision == "auto" else config.precision
+            loaded, processor = load_model(source, device=config.device, precision=precision)
             require_trained(loaded.config, purpose="serving", source=model)
             if config.compile:
                 compile_layers(loaded)

@@ -141,3 +141,5 @@ def test_embedded_joins_three_vision_towers_and_embedded_small_is_the_first_of_t
         ("owner/vision+embedded-small", ["owner/vision", small]),
     ):
         assert fetch_embedded(name, "owner/llm", config)[0] == expected
+    with pytest.raises(ValueError, match="names a vision tower twice"):
+        fetch_embedded("embedded-small+embedded", "owner/llm", config)

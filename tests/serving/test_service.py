@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from PIL import Image
 from served_apps import MIXED_TEXTS, make_encoder, open_service, to_png, wait_until
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise, tiny_images, tiny_model
+from tiny_folders import export_tiny_model
 from tokenizing import note_tokenized
 
 from modeling_llm2clip import LLM2CLIPTextModel, encode_images, encode_texts
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.encoding.encode import TorchEncoder
+from modeling_llm2clip.encoding.precision import DeviceTraits
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.serving.service import EmbeddingService
@@ -178,3 +181,16 @@ def test_an_instruction_by_name_gives_the_embeddings_of_sentence_transformers(
         expected = library.encode(texts, prompt_name=name)
         np.testing.assert_allclose(found.embeds, expected, atol=ROUNDING)
     assert np.abs(embedded[0].embeds - embedded[1].embeds).max() > 100 * ROUNDING
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("auto", "float32"), ("bfloat16", "bfloat16")])
+def test_a_cpu_serves_in_the_stored_dtype_unless_another_is_chosen(
+    precision: Any, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DeviceTraits, "read", lambda _: DeviceTraits("cpu", has_bfloat16=True))
+    folder = export_tiny_model(tmp_path / "model")
+    with closing(
+        EmbeddingService.open(folder, ServeConfig(device="cpu", precision=precision))
+    ) as service:
+        described = service.encoder.describe_precision("text", torch.float32)
+    assert described.get("precision", "float32") == dtype

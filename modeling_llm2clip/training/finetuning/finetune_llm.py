@@ -224,7 +224,8 @@ def choose_base_dtype(precision: str, device_type: str) -> torch.dtype | None:
 def check_finetuning(records: Sequence[CaptionedImage], config: FinetuneConfig) -> int:
     """Refuse options and data that `finetune_llm` would refuse; return the number of steps.
 
-    No model is needed and nothing is written: texts are counted by their keys.
+    No model is needed and nothing is written: texts are counted by their keys. No batch is sampled,
+    so data whose texts repeat too often for one is refused only by `finetune_llm`.
     """
     groups, _ = _group(RecordTable.from_records(records), config)
     return _plan_steps(*count_rows(groups, config), config)["steps"]
