@@ -165,21 +165,26 @@ def _draw_records(part: dict[str, Any]) -> str:
     return draw_table(heads, rows)
 
 
+_MEMORY = ("private MB gained", "with mapped pages")
+
+
+def _show_memory(row: dict[str, Any]) -> tuple[str, str]:
+    return f"{row['private_mb']:.0f}", f"{row['resident_mb']:.0f}"
+
+
 def _draw_stages(part: dict[str, Any]) -> str:
     heads = (
         "stage",
         "records",
         "seconds to the first batch",
-        "private MB gained",
-        "with mapped pages",
+        *_MEMORY,
     )
     rows = [
         (
             row["stage"],
             f"{row['records']:,}",
             f"{row['seconds']:.1f}",
-            f"{row['private_mb']:.0f}",
-            f"{row['resident_mb']:.0f}",
+            *_show_memory(row),
         )
         for row in sorted(part["counts"], key=lambda row: (row["stage"], row["records"]))
     ]
@@ -191,16 +196,14 @@ def _draw_recipes(part: dict[str, Any]) -> str:
         "dry run of a paper's recipe",
         "records",
         "CPU seconds",
-        "private MB gained",
-        "with mapped pages",
+        *_MEMORY,
     )
     rows = [
         (
             f"slowest of {len(row['cpu_seconds_of'])}",
             f"{row['records']:,}",
             f"{row['cpu_seconds']:.2f}",
-            f"{row['private_mb']:.0f}",
-            f"{row['resident_mb']:.0f}",
+            *_show_memory(row),
         )
         for row in part["counts"]
     ]

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..configs.build_config import (
     EMBEDDED,
-    EMBEDDED_VISION,
+    EMBEDDED_SMALL,
     OWN_PROMPT,
     BuildConfig,
     list_vision_sources,
@@ -98,12 +98,11 @@ def fetch_embedded(
     unless the config sets another prompt or LoRA. With the prompt "own", a sentence embedder is
     used instead. The vision towers are returned as a list.
     """
-    small, large = [EFFICIENTNET], [EFFICIENTNET, EFFICIENTNET_LITE1]
-    towers = dict(zip(EMBEDDED_VISION, (large, small), strict=True))
-    visions: list[Any] = []
-    for source in list_vision_sources(vision_model):
-        visions += [str(fetch_tower(tower)) for tower in towers.get(source, [])] or [source]
-    if len({*visions}) < len(visions):
+    towers = {EMBEDDED_SMALL: (EFFICIENTNET,), EMBEDDED: (EFFICIENTNET, EFFICIENTNET_LITE1)}
+    parts = [
+        part for name in list_vision_sources(vision_model) for part in towers.get(name, (name,))
+    ]
+    if len({*parts}) < len(parts):
         raise ValueError(f"{vision_model} names a vision tower twice. Name each once.")
     if text_model == EMBEDDED and config.prompt == OWN_PROMPT:
         text_model = str(fetch_tower(MINILM))
@@ -113,6 +112,7 @@ def fetch_embedded(
             config = replace(config, lora=find_example_data() / "caption_lora")
         if config.prompt_prefix is None and config.prompt_suffix is None:
             config = replace(config, prompt=config.prompt or "chatml")
+    visions = [part if isinstance(part, str) else str(fetch_tower(part)) for part in parts]
     return visions, text_model, config
 
 

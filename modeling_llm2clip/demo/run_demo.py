@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from .._environment import list_versions
-from ..building.pretrained_towers import EMBEDDED, fetch_embedded
+from ..building.pretrained_towers import fetch_embedded
 from ..configs.align_config import AlignConfig
+from ..configs.build_config import EMBEDDED, EMBEDDED_SMALL
 from ..configs.train_config import TrainConfig
 from ..data.atomic_files import require_new_folder
 from ..data.records.record_loading import find_example_data, load_records
@@ -78,7 +79,7 @@ def make_demo_config(
 ) -> TrainConfig:
     """Return the demo's recipe: the smallest embedded towers, with a fine-tuned LLM."""
     return TrainConfig(
-        vision_model="embedded-small",
+        vision_model=EMBEDDED_SMALL,
         text_model=EMBEDDED,
         data=EMBEDDED,
         output=output,

@@ -66,11 +66,10 @@ def describe_precision(model: Any, stored: torch.dtype) -> dict[str, str]:
     if tower.device.type == "cpu" and all(each.dtype == stored for each in present.values()):
         return {}
     dtypes = {name: str(each.dtype).removeprefix("torch.") for name, each in present.items()}
-    distinct = {*dtypes.values()}
     mixed = " and ".join(f"{dtype} {name}" for name, dtype in dtypes.items())
     attention = str(tower.config._attn_implementation)
     return {
-        "precision": mixed if len(distinct) > 1 else distinct.pop(),
+        "precision": mixed if len({*dtypes.values()}) > 1 else next(iter(dtypes.values())),
         "device": tower.device.type,
         # An LLM that packs texts changes to this name on its first pass.
         "attention": "sdpa" if attention == PACKED_ATTENTION else attention,

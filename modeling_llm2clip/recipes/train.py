@@ -17,8 +17,13 @@ from accelerate import PartialState
 from transformers import AutoConfig, TrainerCallback
 
 from ..building.build_model import build_model
-from ..building.pretrained_towers import EMBEDDED, EMBEDDED_VISION, fetch_embedded
-from ..configs.build_config import DEFAULT_PROJECTION_DIM, list_vision_sources
+from ..building.pretrained_towers import fetch_embedded
+from ..configs.build_config import (
+    DEFAULT_PROJECTION_DIM,
+    EMBEDDED,
+    EMBEDDED_VISION,
+    list_vision_sources,
+)
 from ..configs.config_fields import read_config
 from ..configs.evaluation_config import EvaluatedModel
 from ..configs.export_config import CardConfig

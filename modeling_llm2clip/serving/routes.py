@@ -7,27 +7,25 @@ import base64
 import html
 import json
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from datetime import datetime
 from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 from fastapi import APIRouter, Body, FastAPI, File, Form, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
-from fastapi.routing import APIRoute
+from fastapi.responses import PlainTextResponse
 from numpy.typing import NDArray
 from pydantic import Json
 from starlette.exceptions import HTTPException
 
 from .._environment import list_versions
 from .._suggestions import list_first
-from ..data.sources.json_files import RepeatedFieldError, make_object
 from ..search.search_results import SearchResult
 from . import schemas
 from .image_inputs import ImageInputs
+from .json_bodies import JsonResponse, JsonRoute, dump_json, says_json
 from .request_guard import METRICS_TYPE, ServerMetrics, respond
 from .service import EmbeddingService, Input
 from .service_results import RequestError, ServiceResult
@@ -100,51 +98,6 @@ _PACKAGE = "modeling_llm2clip"
 _Embeds: TypeAlias = "NDArray[np.float32]"
 
 
-class JsonRoute(APIRoute):
-    """Parses JSON bodies without FastAPI, whose error messages do not name the problem."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def read_and_handle(request: Request) -> Response:
-            if _says_json(request) and await request.body():
-                request._json = parse_body(await request.body())  # so FastAPI skips parsing it
-            return await handle(request)
-
-        return read_and_handle if self.body_field else handle
-
-
-def _says_json(request: Request) -> bool:
-    return "json" in request.headers.get("content-type", "").lower()
-
-
-def parse_body(body: bytes) -> Any:
-    """Parse a JSON body in UTF-8, UTF-16 or UTF-32; raise RequestError if it is invalid."""
-    try:
-        return json.loads(body, object_pairs_hook=make_object)
-    except (ValueError, RecursionError, RepeatedFieldError) as error:
-        raise RequestError(
-            400, f"The body is not valid JSON: {error}.", code="invalid_json"
-        ) from None
-
-
-class JsonResponse(JSONResponse):
-    """JSON in ASCII, so any string can be sent; NaN and infinity raise an error."""
-
-    def render(self, content: Any) -> bytes:
-        return _dump(content).encode("ascii")
-
-
-def _dump(content: Any, depth: int = 3) -> str:
-    """Serialize row by row, because other threads can run only between calls of `json.dumps`."""
-    if depth and isinstance(content, dict):
-        parts = (f"{json.dumps(name)}:{_dump(part, depth - 1)}" for name, part in content.items())
-        return f"{{{','.join(parts)}}}"
-    if depth and isinstance(content, list):
-        return f"[{','.join(_dump(part, depth - 1) for part in content)}]"
-    return json.dumps(content, allow_nan=False, separators=(",", ":"), default=datetime.isoformat)
-
-
 def make_web_app(service: EmbeddingService, metrics: ServerMetrics) -> FastAPI:
     """Create the application, without a route at `/`; it closes the service on shutdown."""
 
@@ -167,7 +120,8 @@ def make_web_app(service: EmbeddingService, metrics: ServerMetrics) -> FastAPI:
     )
     images = ImageInputs(service.config)
     _add_embeddings(router, service, images)
-    _add_other_protocols(router, service, images)
+    _add_ollama(router, service, images)
+    _add_immich(router, service, images)
     _add_uses(router, service, images)
     app.include_router(router)
     _add_monitoring(app, service, metrics)
@@ -228,7 +182,7 @@ def _add_embeddings(router: APIRouter, service: EmbeddingService, images: ImageI
         )
 
 
-def _add_other_protocols(router: APIRouter, service: EmbeddingService, images: ImageInputs) -> None:
+def _add_ollama(router: APIRouter, service: EmbeddingService, images: ImageInputs) -> None:
     @router.post("/api/embed", tags=["Ollama"], response_model=schemas.OllamaResponse)
     async def embed_for_ollama(
         body: Annotated[schemas.OllamaRequest, Body(openapi_examples=_OLLAMA_EXAMPLES)],
@@ -251,6 +205,8 @@ def _add_other_protocols(router: APIRouter, service: EmbeddingService, images: I
             )
         )
 
+
+def _add_immich(router: APIRouter, service: EmbeddingService, images: ImageInputs) -> None:
     @router.get("/ping", tags=["immich"], response_class=PlainTextResponse)
     async def ping() -> Response:
         """Report to immich that the server is running."""
@@ -284,12 +240,14 @@ def _add_other_protocols(router: APIRouter, service: EmbeddingService, images: I
             images.require_size(value)
         result = await service.embed([value])
 
-        def write() -> Response:
-            content = {"clip": _dump(_encode(result.embeds, "float")[0])}
-            sizes = images.measure(value) if isinstance(value, bytes) else {}
-            return JsonResponse(content | sizes)
-
-        return await asyncio.to_thread(write)
+        return await asyncio.to_thread(
+            lambda: JsonResponse(
+                {
+                    "clip": dump_json(_encode(result.embeds, "float")[0]),
+                    **(images.measure(value) if isinstance(value, bytes) else {}),
+                }
+            )
+        )
 
 
 def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs) -> None:
@@ -481,7 +439,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def refuse_invalid(request: Request, error: RequestValidationError) -> Response:
         errors = error.errors()
         param = _name_field(errors[0]) or None
-        if param is None and not _says_json(request):
+        if param is None and not says_json(request):
             return respond(
                 RequestError(400, "The body must be JSON. Send Content-Type: application/json.")
             )

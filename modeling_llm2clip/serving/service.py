@@ -164,8 +164,11 @@ class EmbeddingService:
         else:
             # In bfloat16, an embedding depends a little on the rest of its batch. A CPU's requests
             # are small, so there an automatic precision is the stored dtype.
-            on_cpu = find_device(config.device).type == "cpu"
-            precision = None if on_cpu and config.precision == "auto" else config.precision
+            precision = (
+                None
+                if config.precision == "auto" and find_device(config.device).type == "cpu"
+                else config.precision
+            )
             loaded, processor = load_model(source, device=config.device, precision=precision)
             require_trained(loaded.config, purpose="serving", source=model)
             if config.compile:

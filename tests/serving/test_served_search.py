@@ -20,7 +20,7 @@ from modeling_llm2clip.configs.encoding_config import IndexConfig
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.serving.app import create_app
 from modeling_llm2clip.serving.demo_page import DemoPage
-from modeling_llm2clip.serving.routes import JsonResponse
+from modeling_llm2clip.serving.json_bodies import JsonResponse
 from modeling_llm2clip.serving.service import EmbeddingService
 from modeling_llm2clip.serving.service_results import RequestError
 

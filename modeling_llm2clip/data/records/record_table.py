@@ -236,10 +236,10 @@ class RecordTable(Sequence[CaptionedImage]):
         """Yield a column of numbers in batches of `ROWS_PER_BATCH`, one batch in memory at a time.
 
         Args:
-            name: Name of the column; `text_keys` yields the keys of all texts of a batch.
+            name: Name of the column. Of a column of lists, all items are yielded.
         """
-        for batch in self.iterate_columns((name,)):
-            yield np.asarray(batch.column(0).flatten() if name == "text_keys" else batch.column(0))
+        for (column,) in self.iterate_columns((name,)):
+            yield np.asarray(column.flatten() if isinstance(column, pa.ListArray) else column)
 
     def find_first_rows(self, name: str) -> Array:
         """Return, for each record, the first record with the same number in a column.

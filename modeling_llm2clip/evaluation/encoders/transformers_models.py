@@ -64,11 +64,10 @@ class LLM2CLIPEncoder(EvaluationEncoder):
     @cached_property
     def _model(self) -> TorchEncoder:
         where, dtype = (LLM2CLIPModel, self._path, self._device), self._run_config.dtype
-        precision = self._precision.get("precision", "auto")
-        if " and " in precision:  # each tower has its own, so they are compared again
-            precision = "auto"
+        chosen = self._precision.get("precision")
+        # If each tower has its own, they are compared again.
         model = (
-            load_in_precision(*where, precision)
+            load_in_precision(*where, chosen if chosen in ("float32", "bfloat16") else "auto")
             if dtype == "auto"
             else load_on_device(*where, dtype=choose_dtype(self._run_config, "auto"))
         )
