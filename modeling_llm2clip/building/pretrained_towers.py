@@ -102,8 +102,6 @@ def fetch_embedded(
     parts = [
         part for name in list_vision_sources(vision_model) for part in towers.get(name, (name,))
     ]
-    if len({*parts}) < len(parts):
-        raise ValueError(f"{vision_model} names a vision tower twice. Name each once.")
     if text_model == EMBEDDED and config.prompt == OWN_PROMPT:
         text_model = str(fetch_tower(MINILM))
     elif text_model == EMBEDDED:

@@ -39,7 +39,7 @@ class PrecisionConfig(DeviceConfig):
     precision: Precision = "auto"
     """Dtype of the towers. auto uses the stored dtype, but on GPUs and CPUs that multiply bfloat16
     in hardware, each float32 tower runs in bfloat16 if this hardly changes the embeddings of test
-    inputs (cosines of at least 0.999)."""
+    inputs (cosines of at least 0.999). `serve` keeps the stored dtype on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

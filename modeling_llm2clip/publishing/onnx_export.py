@@ -82,8 +82,8 @@ _LOADERS = """\
 transformers.js loads the graphs as `CLIPTextModelWithProjection` and
 `CLIPVisionModelWithProjection`."""
 _TEXT_ONLY_USE = """\
-Text Embeddings Inference 1.9 serves a folder with `onnx/model.onnx` on a CPU, and `AutoModel` of
-transformers.js loads it."""
+`AutoModel` of transformers.js loads this folder. If it has `onnx/model.onnx`,
+Text Embeddings Inference 1.9 serves it on a CPU."""
 _CARD = """
 # {title}
 

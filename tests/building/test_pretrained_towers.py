@@ -19,7 +19,7 @@ import pytest
 from tiny_folders import save_tiny_llm, save_tiny_vision
 
 from modeling_llm2clip.building import pretrained_towers
-from modeling_llm2clip.building.build_model import build_model
+from modeling_llm2clip.building.build_model import build_model, join_towers
 from modeling_llm2clip.building.pretrained_towers import (
     SMOLLM2,
     SMOLLM2_BASE,
@@ -142,4 +142,4 @@ def test_embedded_joins_two_vision_towers_and_embedded_small_is_the_first_of_the
     ):
         assert fetch_embedded(name, "owner/llm", config)[0] == expected
     with pytest.raises(ValueError, match="names a vision tower twice"):
-        fetch_embedded("embedded-small+embedded", "owner/llm", config)
+        join_towers(*fetch_embedded("embedded-small+embedded", "owner/llm", config))
