@@ -336,8 +336,7 @@ async def _read_inputs(items: Sequence[Any], images: ImageInputs) -> list[Input]
 def _encode(embeds: _Embeds, form: str) -> list[Any]:
     if form == "base64":
         return [base64.b64encode(row.astype("<f4").tobytes()).decode("ascii") for row in embeds]
-    rows: list[Any] = embeds.tolist()
-    return rows
+    return list(embeds.tolist())
 
 
 async def _answer(

@@ -7,6 +7,7 @@ merged.
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -561,8 +562,7 @@ def _identify(fit: AlignmentFit, *, on_gpu: bool) -> dict[str, Any]:
         **({} if fit.kept is None else {"keep_texts": fit.kept.identify()}),
         "loss_class": identify_callable(fit.loss),
         **{
-            # A repr has the settings of a transform, but also the address of a function.
-            name: identify_callable(passed) if " at 0x" in repr(passed) else repr(passed)
+            name: re.sub(" at 0x[0-9a-f]+", "", repr(passed))  # settings, without addresses
             for name, passed in (
                 ("image_transform", fit.data.dataset.image_transform),
                 ("optimizer", fit.optimizer),

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -90,20 +91,33 @@ def test_an_image_transform_is_refused_with_an_image_store(
             )  # fmt: skip
 
 
+def crop(smallest: float) -> Any:
+    return RandomResizedCrop(32, (smallest, 1.0))
+
+
+def convert_and_crop(smallest: float) -> Any:
+    def convert(image: Any) -> Any:  # at another address in every call
+        return image.convert("RGB")
+
+    return Compose([convert, crop(smallest)])
+
+
+@pytest.mark.parametrize("make", [crop, convert_and_crop])
 def test_a_resume_with_another_image_transform_is_refused(
-    prepared: Prepared, tmp_path: Path
+    make: Callable[[float], Any], prepared: Prepared, tmp_path: Path
 ) -> None:
     def run(smallest: float, **options: Any) -> None:
         align(
             prepared.model, prepared.records, tmp_path / "run", AlignConfig(**SHORT_RUN),
             caption_store=prepared.captions,
-            image_transform=RandomResizedCrop(32, (smallest, 1.0)), **options,
+            image_transform=make(smallest), **options,
         )  # fmt: skip
 
     with pytest.raises(KeyboardInterrupt):
         run(0.9, callbacks=[EndAfter(2)])
     with pytest.raises(ValueError, match="another run"):
         run(0.1, resume=True)
+    run(0.9, resume=True)
 
 
 class Cropping:
