@@ -191,12 +191,14 @@ def _plan_output(
     if config.backend == "onnx":
         fingerprint = fingerprint_graph(model.folder, modality, config.text_weights)
     else:
-        fingerprint = fingerprint_embeddings(model.folder, modality)
+        fingerprint = fingerprint_embeddings(model.folder, modality, encoder.encoder.processor)
     return EmbeddingManifest(
         modality=modality,
         model=model.name,
         fingerprint=fingerprint,
-        prompt=_write_prompt(model.folder) if modality == "text" else "",
+        prompt=(
+            _write_prompt(model.folder, encoder.encoder.processor) if modality == "text" else ""
+        ),
         dtype=config.dtype,
         dim=dim,
         columns=config.columns,
@@ -275,9 +277,8 @@ def _read_ranges(folder: Path) -> tuple[tuple[float, ...], ...]:
     return ranges
 
 
-def _write_prompt(folder: Path) -> str:
+def _write_prompt(folder: Path, processor: LLM2CLIPProcessor) -> str:
     """Return the prompt as text, with {text} in place of the caption."""
     config = LLM2CLIPConfig.from_pretrained(folder)
-    tokenizer = LLM2CLIPProcessor.from_pretrained(folder).tokenizer
-    prefix, suffix = describe_prompt(tokenizer.backend_tokenizer, config)
+    prefix, suffix = describe_prompt(processor.tokenizer.backend_tokenizer, config)
     return f"{prefix}{{text}}{suffix}"

@@ -182,11 +182,14 @@ def plan_store(
     content, fingerprint = {
         "text": (CAPTION_EMBEDS, fingerprint_text), "image": (VISION_EMBEDS, fingerprint_vision),
     }[modality]  # fmt: skip
-    if is_teaching(folder, modality, config):
-        content, fingerprint = TEACHER_TEXT_EMBEDS, fingerprint_teacher
+    is_teacher = is_teaching(folder, modality, config)
     return StoreManifest(
-        content=content,
-        fingerprint=fingerprint(folder),
+        content=TEACHER_TEXT_EMBEDS if is_teacher else content,
+        fingerprint=(
+            fingerprint_teacher(folder)
+            if is_teacher
+            else fingerprint(folder, encoder.encoder.processor)
+        ),
         dtype=config.store_dtype,
         dim=encoder.dim,
         rows_per_shard=config.rows_per_shard,

@@ -74,13 +74,15 @@ _NOT_OF_THE_IMAGES = {"image_processor_type", "processor_class", "auto_map", "_p
 _IMAGE_LIBRARY = re.compile("(Fast|Pil)$")
 
 
-def fingerprint_text(model: str | Path) -> dict[str, str]:
+def fingerprint_text(
+    model: str | Path, processor: LLM2CLIPProcessor | None = None
+) -> dict[str, str]:
     """Describe everything that determines a caption's embedding before the text adapter.
 
     `weights`, `architecture` and `tokenizer` are SHA-256; `dtype`, `prompt`, `pooling`, `direction`
-    and `max_text_length` are readable values.
+    and `max_text_length` are readable values. Pass the model's processor if it is loaded already.
     """
-    folder, config, tensors, processor = _open(model, prefix="text_model.")
+    folder, config, tensors, processor = _open(model, prefix="text_model.", processor=processor)
     stated: Any = getattr(config, "quantization_config", None)
     stated = stated if stated is None or isinstance(stated, dict) else stated.to_dict()
     quantization = {} if stated is None else {"quantization": stated}
@@ -106,13 +108,15 @@ def describe_prompt(backend: Tokenizer, config: LLM2CLIPConfig) -> tuple[str, st
     return before, after
 
 
-def fingerprint_vision(model: str | Path) -> dict[str, str]:
+def fingerprint_vision(
+    model: str | Path, processor: LLM2CLIPProcessor | None = None
+) -> dict[str, str]:
     """Describe everything that determines an image's embedding before its projection.
 
     `weights`, `architecture` and `image_processor` are SHA-256; `dtype` and `pooling` are readable
-    values.
+    values. Pass the model's processor if it is loaded already.
     """
-    folder, config, tensors, processor = _open(model, prefix="vision_model.")
+    folder, config, tensors, processor = _open(model, prefix="vision_model.", processor=processor)
     settings: dict[str, Any] = processor.image_processor.to_dict()
     return {
         **_describe_weights(tensors),
@@ -170,20 +174,28 @@ def fingerprint_image_side(files: Iterable[Path]) -> dict[str, str]:
     }
 
 
-def fingerprint_embeddings(folder: Path, modality: Literal["text", "image"]) -> dict[str, str]:
+def fingerprint_embeddings(
+    folder: Path,
+    modality: Literal["text", "image"],
+    processor: LLM2CLIPProcessor | None = None,
+) -> dict[str, str]:
     """Describe everything that determines a final embedding: the tower and its projection layers.
 
     Adds `head weights` (SHA-256) to the tower's fingerprint and, for texts, the only text adapter
-    setting that does not show in the adapter's weights.
+    setting that does not show in the adapter's weights. Pass the model's processor if it is loaded
+    already.
     """
     files = list_model_files(folder)
     if modality == "image":
         tensors = iterate_tensors(files, prefix="visual_projection.")
-        return {**fingerprint_vision(folder), "head weights": _describe_weights(tensors)["weights"]}
+        return {
+            **fingerprint_vision(folder, processor),
+            "head weights": _describe_weights(tensors)["weights"],
+        }
     prefixes = ("text_adapter.", "text_projection.")
     heads = chain.from_iterable(iterate_tensors(files, prefix=prefix) for prefix in prefixes)
     return {
-        **fingerprint_text(folder),
+        **fingerprint_text(folder, processor),
         "head weights": _describe_weights(heads)["weights"],
         _ADAPTER_SETTING: str(getattr(LLM2CLIPConfig.from_pretrained(folder), _ADAPTER_SETTING)),
     }
@@ -214,12 +226,12 @@ def fingerprint_weights(files: Iterable[Path], *, base: Path | None = None) -> d
 
 
 def _open(
-    model: str | Path, *, prefix: str
+    model: str | Path, *, prefix: str, processor: LLM2CLIPProcessor | None
 ) -> tuple[Path, LLM2CLIPConfig, Iterable[tuple[str, Tensor]], LLM2CLIPProcessor]:
     """Return the folder, configuration, tower's tensors (in order of names) and processor."""
     folder = find_model_folder(model)
     config = LLM2CLIPConfig.from_pretrained(folder)
-    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    processor = processor or LLM2CLIPProcessor.from_pretrained(folder)
     tensors = iterate_tensors(list_model_files(folder), prefix=prefix)
     return folder, config, tensors, processor
 

@@ -91,7 +91,8 @@ class LLM2CLIPEncoder(EvaluationEncoder):
     def description(self) -> EncoderDescription:
         config = self._config
         parts = config.random_heads
-        text, vision = fingerprint_text(self._path), fingerprint_vision(self._path)
+        text = fingerprint_text(self._path, self._processor)
+        vision = fingerprint_vision(self._path, self._processor)
         model = fingerprint_model(self._path)
         saved = model.pop("dtype")
         precision = self._precision.get("precision", saved)

@@ -252,9 +252,9 @@ def run_alignment(
         open_source(source, output) as model,
         TemporaryDirectory() as temporary,
     ):
-        fingerprint = _require_fitting(model.folder, plan)
-        _verify_stores(plan)
         processor = LLM2CLIPProcessor.from_pretrained(model.folder)
+        fingerprint = _require_fitting(model.folder, plan, processor)
+        _verify_stores(plan)
         run_data = _open_data(plan, data, processor, Path(temporary))
         zero_shot = None
         if plan.labeled is not None:
@@ -307,13 +307,13 @@ def _open_data(
     )
 
 
-def _require_fitting(folder: Path, plan: AlignPlan) -> dict[str, Any]:
+def _require_fitting(folder: Path, plan: AlignPlan, processor: LLM2CLIPProcessor) -> dict[str, Any]:
     """Check that stores and options fit the model; return the model's fingerprint."""
     config = plan.config
     fingerprints: list[Any] = [{}, {}, {}]
     if PartialState().is_main_process:  # fingerprinting reads all weights
-        head = fingerprint_model(folder, without_towers=True)
-        fingerprints = [fingerprint_text(folder), fingerprint_vision(folder), head]
+        text, vision = fingerprint_text(folder, processor), fingerprint_vision(folder, processor)
+        fingerprints = [text, vision, fingerprint_model(folder, without_towers=True)]
     broadcast_object_list(fingerprints)
     for store, fingerprint in zip((plan.captions, plan.images), fingerprints, strict=False):
         if store is not None:

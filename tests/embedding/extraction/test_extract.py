@@ -13,10 +13,12 @@ from read_only import read_only
 
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.encoding_config import EmbedConfig
 from modeling_llm2clip.data.records.record_loading import load_records
-from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.data.records.records import CaptionedImage, Modality
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.store.store_manifest import StoreManifest
+from modeling_llm2clip.embedding.embed import embed
 from modeling_llm2clip.embedding.extract import describe_extraction, extract
 from modeling_llm2clip.embedding.shard_encoding import TextShardEncoder
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
@@ -101,6 +103,27 @@ def test_images_are_stored_once_and_found_by_every_record(
     assert list(store.langs) == [record.lang for record in records]
     assert store.rows_of(0, long=True).tolist() == []
     store.require_fingerprint(fingerprint_vision(model))
+
+
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_a_run_loads_the_tokenizer_once(
+    modality: Modality, model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An LLM's tokenizer takes half a second to load."""
+    loaded: list[LLM2CLIPProcessor] = []
+    build = LLM2CLIPProcessor.from_args_and_dict
+
+    def build_and_note(*args: Any, **kwargs: Any) -> LLM2CLIPProcessor:
+        loaded.append(build(*args, **kwargs))
+        return loaded[-1]
+
+    monkeypatch.setattr(LLM2CLIPProcessor, "from_args_and_dict", build_and_note)
+    records = load_records(images)
+    extract(model, records, tmp_path / "store", EXACT, modality=modality)
+    assert len(loaded) == 1
+    config = EmbedConfig(device="cpu", show_progress=False)
+    embed(model, records, tmp_path / "embeddings", config, modality=modality)
+    assert len(loaded) == 2
 
 
 def test_a_loaded_pair_gives_the_store_of_its_folder(
