@@ -58,18 +58,19 @@ def is_exported() -> bool:
     return _is_exporting() and (_KNOWS_EXPORTS or not torch.compiler.is_dynamo_compiling())
 
 
-def check_options(tower: PreTrainedModel, options: Mapping[str, Any]) -> None:
-    """Raise an error for options that a tower would ignore or cannot fulfill.
+def check_options(tower: PreTrainedModel, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the options to call a tower with, after refusing any that it cannot fulfill.
 
     Raises TypeError for an unknown option, and ValueError for attention weights that the tower's
     implementation does not compute.
     """
     if options:
-        known = {
-            *inspect.signature(tower.forward).parameters,
+        known = (
             # Joined towers have no tokens in common, so they return no hidden states.
-            *(() if hasattr(tower, "towers") else TransformersKwargs.__annotations__),
-        }
+            {name for name in TransformersKwargs.__annotations__ if not options.get(name)}
+            if hasattr(tower, "towers")
+            else {*inspect.signature(tower.forward).parameters, *TransformersKwargs.__annotations__}
+        )
         if unknown := sorted({*options} - known):
             raise TypeError(f"{type(tower).__name__} has no arguments {unknown}. Remove them.")
         if options.get("output_attentions") and tower.config._attn_implementation != "eager":
@@ -78,6 +79,7 @@ def check_options(tower: PreTrainedModel, options: Mapping[str, Any]) -> None:
                 f"{tower.config._attn_implementation}, which returns no attention weights. Load "
                 'the model with attn_implementation="eager".'
             )
+    return {} if hasattr(tower, "towers") else options
 
 
 def copy_details(output: Any, pooled: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:

@@ -319,8 +319,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             **kwargs: Further arguments of transformers' `save_pretrained` and `push_to_hub`.
 
         Raises:
-            ValueError: The configuration would not load, bitsandbytes quantized the LLM, or a LoRA
-                is not merged. Nothing is written.
+            ValueError: The configuration would not load, bitsandbytes quantized the LLM, a LoRA is
+                not merged, or the model is without its towers. Nothing is written.
         """
         folder = Path(save_directory)
         self.config.require_loadable()
@@ -438,6 +438,18 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             else:
                 if hasattr(tower, "timm_model"):
                     tower.gradient_checkpointing = enable  # read by transformers and peft
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Set the attention implementation as transformers does, also that of joined towers.
+
+        Args:
+            *args: Implementation of both towers, or a dictionary with an implementation for
+                `vision_config`, `text_config` or both.
+            **kwargs: Further arguments of transformers.
+        """
+        super().set_attn_implementation(*args, **kwargs)
+        if hasattr(getattr(self, "vision_model", None), "towers"):  # no dictionary names them
+            self.vision_model.set_attn_implementation(self.vision_model.config._attn_implementation)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the LLM's token embeddings, or the patch embeddings of a vision-only model."""

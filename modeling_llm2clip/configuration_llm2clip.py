@@ -78,7 +78,7 @@ class JoinedVisionConfig(PreTrainedConfig):
         _check_unknown_fields(kwargs, "JoinedVisionConfig", {"architecture", "image_size"})
         for name, values, expected, fits in (
             ("towers", towers, "a configuration", bool),
-            ("image_sizes", image_sizes, *_INTEGER),
+            ("image_sizes", image_sizes, *_POSITIVE),
             ("pixel_scales", pixel_scales, *_COLOR),
             ("pixel_shifts", pixel_shifts, *_COLOR),
         ):
@@ -223,8 +223,9 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.vision_pooling, self.visual_projection_bias = vision_pooling, visual_projection_bias
         self.logit_scale_init_value = logit_scale_init_value
         self.random_heads = [*random_heads]
-        has_several = hasattr(self.vision_config, "towers")
-        self.format_version = FORMAT_VERSION if has_several else _ONE_TOWER_FORMAT
+        self.format_version = (
+            FORMAT_VERSION if hasattr(self.vision_config, "towers") else _ONE_TOWER_FORMAT
+        )
         _write_attention_direction(self.text_config, bidirectional=bidirectional)
         self._check_values()
         if attn_implementation is not None:
@@ -415,6 +416,7 @@ def _is_number(value: Any) -> bool:
 
 # Types are never converted: in Python, "false" is truthy and "32" sorts before "4".
 _INTEGER = ("an integer", _is_integer)
+_POSITIVE = ("a positive integer", lambda value: _is_integer(value) and value > 0)
 _OPTIONAL = ("an integer or None", lambda value: value is None or _is_integer(value))
 _COLOR = (
     "three numbers",

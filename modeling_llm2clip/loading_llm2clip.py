@@ -440,11 +440,16 @@ def quantize_llm_only(quantization_config: Any, *, class_name: str, has_llm: boo
 
 
 def require_savable(model: PreTrainedModel) -> None:
-    """Refuse to save quantized layers and layers wrapped by peft.
+    """Refuse to save quantized layers, layers wrapped by peft, and heads without their towers.
 
-    bitsandbytes may not restore quantized layers exactly, and layers wrapped by peft are saved
-    under names that do not load without peft.
+    bitsandbytes may not restore quantized layers exactly, layers wrapped by peft are saved under
+    names that do not load without peft, and a folder without towers does not load at all.
     """
+    if hasattr(model, "loaded_files"):  # set by load_heads
+        raise ValueError(
+            "The model was not saved, because load_heads loaded it without its towers, so the "
+            "folder would not load. Write the whole model with save_heads."
+        )
     quantized = [
         name
         for name, module in model.named_modules()

@@ -433,7 +433,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         **options: Any,
     ) -> BaseModelOutputWithPooling:
         check_pixels(self.vision_model, pixel_values)
-        check_options(self.vision_model, options)
+        passed = check_options(self.vision_model, options)
         if self.training and not is_traced():
             settle_frozen(self.vision_model)  # may have been frozen after `train()`
         extra: dict[str, Any] = {
@@ -449,7 +449,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
             # On a CPU, convolutions run two to three times faster in this layout.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         inputs = {name: value for name, value in extra.items() if value is not None}
-        output = self.vision_model(pixel_values=pixel_values, **inputs, **options)
+        output = self.vision_model(pixel_values=pixel_values, **inputs, **passed)
         pooled = pool_vision(
             output,
             self.config.vision_pooling,

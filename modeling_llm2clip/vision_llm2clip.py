@@ -69,8 +69,9 @@ class JoinedVisionModel(PreTrainedModel):
         pooled = []
         for tower, *each in zip(self.towers, *settings, strict=True):
             pixels = _convert_pixels(pixel_values, *each)
-            output = tower(pixel_values=pixels)
-            embeds = pool_vision(output, pooling, vision_model=tower, pixel_values=pixels)
+            embeds = pool_vision(
+                tower(pixel_values=pixels), pooling, vision_model=tower, pixel_values=pixels
+            )
             pooled.append(embeds.to(pixel_values.device))
         return BaseModelOutputWithPooling(pooler_output=torch.cat(pooled, dim=-1))
 
@@ -155,9 +156,8 @@ def find_width(vision_model: nn.Module) -> int | None:
     if timm_model is not None:
         return int(getattr(timm_model, "head_hidden_size", None) or timm_model.num_features)
     config: Any = vision_model.config
-    width = getattr(config, "hidden_size", None)
-    if width is None and getattr(config, "hidden_sizes", None):
-        width = config.hidden_sizes[-1]  # convolutional: one per stage; the last is pooled
+    stages = getattr(config, "hidden_sizes", None) or [None]  # of a convolutional network
+    width: int | None = getattr(config, "hidden_size", None) or stages[-1]  # the last is pooled
     return width
 
 
@@ -242,10 +242,9 @@ def find_patch_size(vision_model: nn.Module) -> int:
     multiple of its stride.
     """
     timm_model: Any = getattr(vision_model, "timm_model", None)
-    size: Any
     if timm_model is None:
         config: Any = vision_model.config
-        size = getattr(config, "patch_size", 0) or 0
+        size: Any = getattr(config, "patch_size", 0) or 0
         if isinstance(size, int):
             return size
         if len(size) != 2:  # one per stage of a convolutional network
@@ -301,9 +300,11 @@ def count_prefix_tokens(vision_model: nn.Module) -> int:
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is not None:
         return int(getattr(timm_model, "num_prefix_tokens", 0))
-    parameters = _find_own_parameters(vision_model).items()
-    tokens = [value for name, value in parameters if _PREFIX_TOKENS.fullmatch(name)]
-    return sum(value.numel() // value.shape[-1] for value in tokens)
+    return sum(
+        value.numel() // value.shape[-1]
+        for name, value in _find_own_parameters(vision_model).items()
+        if _PREFIX_TOKENS.fullmatch(name)
+    )
 
 
 def find_patches(vision_model: nn.Module, hidden_states: Tensor, pixel_values: Tensor) -> Tensor:
@@ -313,12 +314,9 @@ def find_patches(vision_model: nn.Module, hidden_states: Tensor, pixel_values: T
     this size.
     """
     side = find_patch_size(vision_model)
-    if pixel_values.ndim == 3:
-        expected = pixel_values.shape[1]
-    elif side:
+    expected = pixel_values.shape[1] if pixel_values.ndim == 3 else 0
+    if side and pixel_values.ndim != 3:
         expected = (pixel_values.shape[-2] // side) * (pixel_values.shape[-1] // side)
-    else:
-        expected = 0
     # Some towers remove the class token from their output.
     is_all_patches = hidden_states.shape[1] == expected
     num_prefix = 0 if is_all_patches else count_prefix_tokens(vision_model)

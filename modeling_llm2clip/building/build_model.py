@@ -166,8 +166,8 @@ def join_towers(
     if not visions:
         raise ValueError("vision is an empty list. List at least one vision tower.")
     vision_names = [source for source in visions if not isinstance(source, tuple)]
-    if len({*vision_names}) < len(vision_names):
-        raise ValueError(f"{vision} names a vision tower twice. Name each once.")
+    if repeated := [name for name in {*vision_names} if vision_names.count(name) > 1]:
+        raise ValueError(f"vision: {repeated[0]} is named twice. Name each vision tower once.")
     text_name = None if isinstance(text, tuple) else text
     require_sources(vision=vision_names, text=text_name, lora=config.lora)
     for source in (text_name, config.lora):

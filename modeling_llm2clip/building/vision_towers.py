@@ -82,6 +82,11 @@ def load_vision_tower(
     vision_config: Any = getattr(config, "vision_config", None) or config
     # timm may store it here as well; transformers always builds the network without classes.
     (getattr(vision_config, "model_args", None) or {}).pop("num_classes", None)
+    if hasattr(vision_config, "towers"):
+        raise ValueError(
+            f"{source} has several vision towers joined into one, which cannot be loaded from "
+            "there. Name the towers that it was built from, joined by +."
+        )
     if not takes_images(vision_config):
         raise ValueError(
             f"{source} is a {config.model_type!r}, not a vision tower. Use CLIP, SigLIP, DINOv2, "
@@ -93,8 +98,7 @@ def load_vision_tower(
     model, whole, missing = load_part(
         source, config, vision_config, source, beside=beside, dtype=dtype
     )
-    missing = [k for k in missing if not (allow_missing_pooler and "pooler" in k)]
-    if missing:
+    if missing := [k for k in missing if not (allow_missing_pooler and "pooler" in k)]:
         raise ValueError(
             f"{source} lacks {counted(len(missing), 'weight')} of its vision tower, which would "
             f"stay random: {list_first(missing)}. If only the pooler is missing, set "
@@ -103,13 +107,17 @@ def load_vision_tower(
     kept = None
     if keep_projection:
         projection: Any = getattr(whole, "visual_projection", None)
-        width = vision_config.hidden_size
-        kept = torch.eye(width) if projection is None else projection.weight.detach()
+        kept = (
+            torch.eye(vision_config.hidden_size)
+            if projection is None
+            else projection.weight.detach()
+        )
     forget_origin(model.config, source)
-    if config.model_type == "timm_wrapper":  # has no image processor of its own
-        image_processor: Any = image_processor_from_timm(model.config.pretrained_cfg)
-    else:
-        image_processor = forget_code(load_without_code(AutoImageProcessor, source))
+    image_processor: Any = (
+        image_processor_from_timm(model.config.pretrained_cfg)  # timm has no image processors
+        if config.model_type == "timm_wrapper"
+        else forget_code(load_without_code(AutoImageProcessor, source))
+    )
     return model.eval(), image_processor, kept
 
 
@@ -125,8 +133,8 @@ def join_vision_towers(
     names = [config.name_or_path or config.model_type for config in configs]
     if len(dict(towers)) < len(towers) or any(hasattr(c, "towers") for c in configs):
         raise ValueError(
-            f"{', '.join(names)} cannot be joined: a tower is listed twice, or is a joined tower. "
-            "List each single tower, and load it again to use it twice."
+            f"{', '.join(names)} cannot be joined: a loaded tower is listed twice, or is several "
+            "towers already joined. List each single tower once."
         )
     if len(dtypes := sorted({str(tower.dtype) for tower, _ in towers})) > 1:
         raise ValueError(
@@ -156,9 +164,9 @@ def join_vision_towers(
     for name, (*_, plain), scale, shift in zip(names, colors, scales, shifts, strict=True):
         if not torch.allclose(middle * scale + shift, plain, atol=0.02):  # 8-bit rounding
             raise ValueError(
-                f"{name} cannot be joined with {names[largest]}: its image processor changes "
-                "colors differently, for example to BGR. Use another tower, or an image processor "
-                "with the same order of channels."
+                f"{name} and {names[largest]} cannot be joined: their image processors change "
+                "colors differently, for example only one of them to BGR. Use other towers, or "
+                "image processors with the same order of channels."
             )
     config = JoinedVisionConfig(
         configs,
@@ -248,15 +256,19 @@ def set_image_size(
         elif hasattr(timm_model, "set_input_size"):
             _resize_network(timm_model, vision_model.config, image_size)
         else:
-            reason = f"it only has positions for {fixed_size[0]} × {fixed_size[1]}"
-            _refuse_size(vision_model, image_size, reason)
+            _refuse_size(
+                vision_model,
+                image_size,
+                f"it only has positions for {fixed_size[0]} × {fixed_size[1]}",
+            )
     if not hasattr(image_processor, _COUNTS_PATCHES):
         image = torch.zeros(1, 3, image_size, image_size, dtype=vision_model.dtype)
         try:
             vision_model(pixel_values=image.to(vision_model.device))
         except (AssertionError, RuntimeError, ValueError, LookupError) as error:
-            reason = f"it fails with {type(error).__name__} ({error})"
-            _refuse_size(vision_model, image_size, reason)
+            _refuse_size(
+                vision_model, image_size, f"it fails with {type(error).__name__} ({error})"
+            )
     return vision_model, _resize_images(image_processor, image_size, patch)
 
 

@@ -213,7 +213,8 @@ def save_heads(
     """Write the whole model that `load_heads` was called on, with the heads as they are now.
 
     The towers are copied from its folder. The new folder is complete: code, processor, licenses,
-    golden embeddings and card.
+    golden embeddings and card. It has no summary of the training images, because the images of your
+    own training loop are unknown.
 
     Args:
         model: Model from `load_heads`.
@@ -253,7 +254,9 @@ def save_heads(
             f"{list_first(sorted(others))}. Restore the modules from load_heads: not compiled, and "
             "without parametrizations."
         )
-    return save_trained_model(source, trained, folder, training_data=training_data)
+    written = save_trained_model(source, trained, folder, training_data=training_data)
+    (written / TRAINING_IMAGES_FILE).unlink(missing_ok=True)
+    return written
 
 
 def require_intact(source: Path, *, with_llm: bool) -> None:

@@ -116,6 +116,23 @@ def test_every_tower_is_loaded_in_the_dtype_and_with_the_attention_that_were_ask
     assert embeds.dtype == torch.float32 and embeds.shape == (2, 64)
 
 
+def test_a_dictionary_sets_the_attention_of_joined_towers_and_only_theirs() -> None:
+    model, _ = tiny_model(JOINED)
+    towers = model.vision_model.towers
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before = model.get_vision_embeds(pixels)
+    for choice, vision, text in (
+        ({"vision_config": "eager"}, "eager", "sdpa"),
+        ({"text_config": "eager"}, "eager", "eager"),
+        ("sdpa", "sdpa", "sdpa"),
+    ):
+        model.set_attn_implementation(choice)
+        assert {tower.config._attn_implementation for tower in towers} == {vision}
+        assert model.text_model.config._attn_implementation == text
+        # The kernels add in another order, in float32.
+        torch.testing.assert_close(model.get_vision_embeds(pixels), before, atol=1e-5, rtol=0)
+
+
 def test_padding_to_a_square_does_not_count_as_normalization() -> None:
     padding = LlavaImageProcessorPil(**SQUARE, do_pad=True)
     tower, _ = join_vision_towers([tiny_vision("clip"), (tiny_vision("dinov2")[0], padding)])
@@ -138,9 +155,16 @@ def test_what_cannot_be_joined_is_refused_by_name(family: str) -> None:
     elif family == "clip in BGR":
         image_processor = MobileViTImageProcessorPil(**SQUARE)
     tower.config._name_or_path = "owner/name"
-    reason = "changes colors differently" if "BGR" in family else "fixed image size"
-    with pytest.raises(ValueError, match=rf"owner/name cannot be joined.*{reason}"):
-        join_vision_towers([tiny_vision("dinov2"), (tower, image_processor)])
+    both = "owner/name and dinov2|dinov2 and owner/name"
+    reason = (
+        rf"({both}) cannot be joined: their image processors change colors differently"
+        if "BGR" in family
+        else "owner/name cannot be joined.*fixed image size"
+    )
+    towers = [tiny_vision("dinov2"), (tower, image_processor)]
+    for order in (towers, towers[::-1]):
+        with pytest.raises(ValueError, match=reason):
+            join_vision_towers(order)
 
 
 def test_only_one_dual_encoder_can_keep_its_projection(tmp_path: Path) -> None:
@@ -157,8 +181,8 @@ def test_only_several_single_towers_of_one_dtype_are_joined(case: str) -> None:
     clip, dinov2 = tiny_vision("clip"), tiny_vision("dinov2")
     towers, reason = {
         "none": ([], "vision is an empty list"),
-        "one twice": ([clip, clip], "a tower is listed twice"),
-        "joined before": ([clip, tiny_vision(JOINED)], "or is a joined tower"),
+        "one twice": ([clip, clip], "a loaded tower is listed twice"),
+        "joined before": ([clip, tiny_vision(JOINED)], "or is several towers already joined"),
         "of two dtypes": (
             [clip, (dinov2[0].bfloat16(), dinov2[1])],
             r"have the dtypes torch.bfloat16, torch.float32.* Cast them first",
@@ -169,10 +193,26 @@ def test_only_several_single_towers_of_one_dtype_are_joined(case: str) -> None:
         join_towers([*towers], text, CONFIG)
 
 
-def test_joined_towers_have_no_hidden_states_to_ask_for() -> None:
+@pytest.mark.parametrize("parts", ["{joined}", "{single}+{joined}"])
+def test_the_folder_of_a_joined_model_is_no_source_of_a_tower(parts: str, tmp_path: Path) -> None:
+    joined, single = prepare(tmp_path, vision=JOINED, has_stores=False).model, "clip"
+    vision = parts.format(joined=joined, single=save_towers(tmp_path, single))
+    with pytest.raises(ValueError, match=rf"^{joined} has several vision towers.* joined by \+\.$"):
+        join_towers(vision, save_tiny_llm(tmp_path / "llm"), CONFIG)
+
+
+def test_joined_towers_have_no_details_to_ask_for_but_can_be_asked_for_none() -> None:
     model, _ = tiny_model(JOINED)
-    with pytest.raises(TypeError, match=r"has no arguments \['output_hidden_states'\]. Remove"):
-        model.get_image_features(torch.rand(1, 3, 32, 32), output_hidden_states=True)
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    wanted = model.get_image_features(pixels).pooler_output
+    for name in ("output_hidden_states", "output_attentions"):
+        asked = model.get_image_features(pixels, **{name: False})
+        assert torch.equal(asked.pooler_output, wanted)
+        with pytest.raises(TypeError, match=rf"has no arguments \['{name}'\]. Remove"):
+            model.get_image_features(pixels, **{name: True})
+    for name in ("pooling", "output_hidden_state"):  # one is the configuration's, one misspelled
+        with pytest.raises(TypeError, match=rf"has no arguments \['{name}'\]. Remove"):
+            model.get_image_features(pixels, **{name: False})
 
 
 @pytest.mark.parametrize(
@@ -180,9 +220,10 @@ def test_joined_towers_have_no_hidden_states_to_ask_for() -> None:
     [
         ("towers", [], "a configuration"),
         ("towers", None, "a configuration"),
-        ("image_sizes", [32], "an integer"),
-        ("image_sizes", 32, "an integer"),
-        ("image_sizes", [32, "16"], "an integer"),
+        ("image_sizes", [32], "a positive integer"),
+        ("image_sizes", 32, "a positive integer"),
+        ("image_sizes", [32, "16"], "a positive integer"),
+        ("image_sizes", [32, 0], "a positive integer"),
         ("pixel_scales", [[1.0] * 3], "three numbers"),
         ("pixel_scales", [[1.0] * 3, [1.0] * 2], "three numbers"),
         ("pixel_shifts", [[0.0] * 3, 0.0], "three numbers"),

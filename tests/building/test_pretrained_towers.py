@@ -141,5 +141,5 @@ def test_embedded_joins_two_vision_towers_and_embedded_small_is_the_first_of_the
         ("owner/vision+embedded-small", ["owner/vision", small]),
     ):
         assert fetch_embedded(name, "owner/llm", config)[0] == expected
-    with pytest.raises(ValueError, match="names a vision tower twice"):
+    with pytest.raises(ValueError, match=f"{small} is named twice. Name each"):
         join_towers(*fetch_embedded("embedded-small+embedded", "owner/llm", config))

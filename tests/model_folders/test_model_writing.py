@@ -26,6 +26,12 @@ from modeling_llm2clip.model_folders.model_writing import (
     save_model,
     save_trained_model,
 )
+from modeling_llm2clip.model_folders.training_images import (
+    TRAINING_IMAGES_FILE,
+    TrainingImages,
+    summarize_images,
+    write_training_images,
+)
 from modeling_llm2clip.model_folders.weights import LazyTensor
 
 RESULT = CardResult("retrieval", "COCO", {"t2i_r1": 0.5})
@@ -39,7 +45,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         training_data=("owner/images",), results=(RESULT,),
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("source") / "model"
-    return save_model(*shared_model(), folder, instructions={"query": "find: "}, card=card)
+    save_model(*shared_model(), folder, instructions={"query": "find: "}, card=card)
+    model, generator = shared_model()[0], torch.Generator().manual_seed(0)
+    embeds = torch.randn(32, model.visual_projection.in_features, generator=generator)
+    summary = summarize_images(embeds, name="owner/images", num_images=32)
+    write_training_images(folder, TrainingImages((summary,)))
+    return folder
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -183,7 +194,12 @@ def test_heads_that_a_loop_of_its_own_trained_are_written_with_the_towers(
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
+    with pytest.raises(ValueError, match=r"without its towers.* with save_heads"):
+        model.save_pretrained(tmp_path / "trained")
     folder = save_heads(model.eval(), tmp_path / "trained", training_data=["owner/more"])
+    # The loop's images are unknown, so none may be called unlike them.
+    assert (source / TRAINING_IMAGES_FILE).is_file()
+    assert not (folder / TRAINING_IMAGES_FILE).exists()
     trained, _ = load_model(folder, device="cpu")
     assert torch.equal(trained.to_text_embeds(captions), model.to_text_embeds(captions))
     assert torch.equal(trained.to_image_embeds(images), model.to_image_embeds(images))
