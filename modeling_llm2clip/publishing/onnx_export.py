@@ -75,20 +75,28 @@ SCRIPT = "encode.py"
 _RECORD_FORMAT = 1
 _TOWERS = {"text": "text", "image": "vision"}
 _ANY_POOLING = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+_EXAMPLES: dict[tuple[str, ...], str] = {
+    ("text", "image"): '"a dog" dog.jpg',
+    ("text",): '"a dog" "a cat"',
+    ("image",): "dog.jpg cat.jpg",
+}
 _SCRIPT_USE = f"""\
-`python {SCRIPT} "a dog" dog.jpg` encodes a text and an image; it needs only `onnxruntime`,
+`python {SCRIPT} {{example}}` prints the cosine of its two arguments; it needs only `onnxruntime`,
 `tokenizers`, `pillow` and `numpy`. """
-_LOADERS = """\
+_LOADERS: dict[tuple[str, ...], str] = {
+    ("text", "image"): """\
 transformers.js loads the graphs as `CLIPTextModelWithProjection` and
-`CLIPVisionModelWithProjection`."""
-_TEXT_ONLY_USE = """\
+`CLIPVisionModelWithProjection`.""",
+    ("image",): "transformers.js loads the graph as `CLIPVisionModelWithProjection`.",
+    ("text",): """\
 `AutoModel` of transformers.js loads this folder. If it has `onnx/model.onnx`,
-Text Embeddings Inference 1.9 serves it on a CPU."""
+Text Embeddings Inference 1.9 serves it on a CPU.""",
+}
 _CARD = """
 # {title}
 
 ONNX graphs of an LLM2CLIP model ([arXiv:2411.04997](https://arxiv.org/abs/2411.04997)), which map
-texts or images to unit-length embeddings in one space. Opset {opset}, IR {ir_version}.
+{inputs} to unit-length embeddings in one space. Opset {opset}, IR {ir_version}.
 
 {files}
 
@@ -290,7 +298,13 @@ class _OnnxWriter:
 
         loader = Path(image_loading_llm2clip.__file__)
         content = Path(encode_onnx.__file__).read_text(encoding="utf-8")
-        content = content.replace(f"from ..{loader.stem} import", f"from {loader.stem} import")
+        modalities = tuple(_list_modalities(self.config))
+        content = (  # with one tower, the script compares two of its inputs
+            content.replace(f"from ..{loader.stem} import", f"from {loader.stem} import")
+            .replace(_EXAMPLES["text", "image"], _EXAMPLES[modalities])
+            .replace("encode_images(sys.argv[2:])", f"encode_{modalities[-1]}s(sys.argv[2:])")
+            .replace("encode_texts(sys.argv[1:2])", f"encode_{modalities[0]}s(sys.argv[1:2])")
+        )
         script, copy = self.folder / SCRIPT, self.folder / loader.name
         files = [self.folder / name for name in self.graphs]
         text = next((file for file in files if file.stem.startswith(("text", "model"))), None)
@@ -334,8 +348,9 @@ class _OnnxWriter:
             pooling = self.folder / "1_Pooling" / "config.json"
             pooling.parent.mkdir()
             pooling.write_text(json.dumps(_ANY_POOLING, indent=2) + "\n", encoding="utf-8")
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (self.folder / "config.json").write_text(text, encoding="utf-8")
+        (self.folder / "config.json").write_text(
+            json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
 
 def _name(file: Path) -> str:
@@ -343,8 +358,9 @@ def _name(file: Path) -> str:
 
 
 def _measure_mb(file: Path) -> float:
-    files = [part for part in (file, data_file(file)) if part.is_file()]
-    return round(sum(part.stat().st_size for part in files) / 1e6, 1)
+    return round(
+        sum(part.stat().st_size for part in (file, data_file(file)) if part.is_file()) / 1e6, 1
+    )
 
 
 def _name_prompt_tokens(file: Path) -> None:
@@ -371,8 +387,7 @@ def _name_prompt_tokens(file: Path) -> None:
             for entry in known.values()
             for number, token in zip(entry["ids"], entry["tokens"], strict=True)
         }
-    text = json.dumps(tokenizer, ensure_ascii=False, indent=2)
-    file.write_text(text, encoding="utf-8")
+    file.write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def _write_image_settings(processor: LLM2CLIPProcessor, folder: Path) -> None:
@@ -383,8 +398,9 @@ def _write_image_settings(processor: LLM2CLIPProcessor, folder: Path) -> None:
     if name == LLM2CLIPImageProcessor.__name__:  # unknown to transformers.js
         name, settings["crop_rounding"] = "CLIPImageProcessor", "torchvision"
     settings["image_processor_type"] = name
-    text = json.dumps(settings, indent=2, sort_keys=True, default=int) + "\n"
-    (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(settings, indent=2, sort_keys=True, default=int) + "\n", encoding="utf-8"
+    )
 
 
 def _write_card(
@@ -403,12 +419,13 @@ def _write_card(
     for file, about in record["graphs"].items():
         checked = describe_check(about["check"])
         rows.append((f"`{file}`", about["weights"], f"{about['size_mb']} MB", checked))
-    is_text_only = f"{GRAPHS}/vision_model.onnx" not in record["graphs"]
-    script = _SCRIPT_USE if record["script"] is None else ""
+    modalities = tuple(record["source"])
+    script = "" if record["script"] else _SCRIPT_USE.format(example=_EXAMPLES[modalities])
     body = _CARD.format(
         title=name,
         files=format_rows(rows),
-        use=_TEXT_ONLY_USE if is_text_only else script + _LOADERS,
+        inputs=" or ".join(f"{modality}s" for modality in modalities),
+        use=script + _LOADERS[modalities],
         record=ONNX_RECORD,
         opset=record["opset"],
         ir_version=record["ir_version"],

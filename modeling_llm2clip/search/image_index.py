@@ -249,9 +249,10 @@ class ImageIndex:
                 a nested list is one query whose parts' embeddings are averaged; or an array of
                 query embeddings, (Q, P), of any norm. A query image that is indexed is among its
                 own hits.
-            negative: What the images should not show: a sentence, an image or a list of these. Each
-                query embedding q becomes q - n / 2, rescaled to unit length, where n is the mean of
-                the negatives' embeddings, also rescaled. Cosines are then to this embedding.
+            negative: What the images should not show: a sentence, an image or a list of these; an
+                empty list has no effect. Each query embedding q becomes q - n / 2, rescaled to unit
+                length, where n is the mean of the negatives' embeddings, also rescaled. Cosines are
+                then to this embedding.
             top_k: Number of images to return per query; all images if there are fewer.
             threshold: Lowest cosine of a hit, from -1 to 1; None to return all `top_k` images.
             where: SQL filter over `columns`, such as `"width > 2000 AND path LIKE '2024/%'"`:
@@ -281,19 +282,17 @@ class ImageIndex:
         num_rows = self.count(where)
         if where is None and num_rows == 0:
             raise IndexUnavailableError(f"{self._database.location}: {_UNINDEXED}")
+        excluded = [negative] if isinstance(negative, str | Path | Image.Image) else negative
+        negatives = name_queries(excluded, noun="Negative") if excluded else []
         if hasattr(query, "shape"):
             embeds = check_embeddings(query, width=self.about.width)
             named = [NamedQuery(f"embedding {row}", (), None) for row in range(len(embeds))]
         else:
             named = name_queries(query)
             embeds = self.encoder.encode(named)
-        without = ""
-        if negative is not None:
-            negatives = name_queries(
-                [negative] if isinstance(negative, str | Path | Image.Image) else negative
-            )
+        if negatives:
             embeds = subtract_negatives(embeds, self.encoder.encode(negatives))
-            without = "".join(f" - {entry.name}" for entry in negatives)
+        without = "".join(f" - {entry.name}" for entry in negatives)
         ann, most = self._choose_ann(where, exact, num_rows), min(top_k, num_rows)
         results = []
         for entry, embedding in zip(named, embeds, strict=True):

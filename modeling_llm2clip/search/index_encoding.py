@@ -35,29 +35,31 @@ class NamedQuery:
     image: Path | None
 
 
-def name_queries(queries: Sequence[Query]) -> list[NamedQuery]:
+def name_queries(queries: Sequence[Query], *, noun: str = "Query") -> list[NamedQuery]:
     """Validate and name queries; a nested list is one query of several parts."""
     if not queries:
         raise ValueError("There is nothing to search for. Pass a sentence or an image.")
-    return [_name_query(query, number) for number, query in enumerate(queries, start=1)]
+    return [_name_query(query, number, noun) for number, query in enumerate(queries, start=1)]
 
 
-def _name_query(query: Query, number: int) -> NamedQuery:
+def _name_query(query: Query, number: int, noun: str) -> NamedQuery:
     parts = tuple(query) if isinstance(query, list | tuple) else (query,)
     if not parts or not all(isinstance(part, str | Path | Image.Image) for part in parts):
-        kinds = [type(part).__name__ for part in parts]
         raise ValueError(
-            f"Query number {number} is {kinds or 'empty'}. Pass a sentence, a Path, a PIL image, "
-            "or a list of these."
+            f"{noun} number {number} is {[type(part).__name__ for part in parts] or 'empty'}. Pass "
+            "a sentence, a Path, a PIL image, or a list of these."
         )
+    if not all(part.strip() for part in parts if isinstance(part, str)):
+        raise ValueError(f"{noun} number {number} has a blank sentence. Pass text.")
     names = [
         getattr(part, "filename", "") or f"image {number}"
         if isinstance(part, Image.Image)
         else str(part)
         for part in parts
     ]
-    images = [part for part in parts if isinstance(part, Path)]
-    return NamedQuery(" + ".join(names), parts, images[0] if images else None)
+    return NamedQuery(
+        " + ".join(names), parts, next((part for part in parts if isinstance(part, Path)), None)
+    )
 
 
 class IndexEncoder:

@@ -448,7 +448,11 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> Response:
         response = respond(
-            RequestError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.")
+            RequestError(
+                error.status_code,
+                # Starlette ends only some of its messages with a full stop.
+                f"{request.method} {request.url.path}: {error.detail.rstrip('.')}.",
+            )
         )
         response.headers.update(error.headers or {})
         return response

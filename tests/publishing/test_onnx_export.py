@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -212,6 +214,31 @@ def test_a_script_that_images_do_not_fit_is_explained_and_ends_nothing(
     file.write_text(json.dumps(settings), "utf-8")
     reason = check_script(folder, load_onnx_encoder(exported), None)
     assert reason is not None and error in reason
+
+
+@pytest.mark.parametrize("components", ["text", "vision"])
+def test_a_card_and_a_script_of_one_tower_name_only_what_the_folder_has(
+    components: Literal["text", "vision"], source: Path, small_data: str, tmp_path: Path
+) -> None:
+    config = ExportConfig(onnx=True, onnx_data=small_data, components=components)
+    folder = export_model(source, tmp_path / "graphs", config)
+    image = tmp_path / "dog.jpg"
+    draw_noise().save(image)
+    shutil.copyfile(image, tmp_path / "cat.jpg")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"`python encode\.py (.+?)`", card)
+    assert f"`python encode.py {example}`" in (folder / "encode.py").read_text(encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(folder / "encode.py"), *shlex.split(example)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    cosine = float(done.stdout.strip(" []\n"))
+    # Equal images have equal embeddings; different texts do not.
+    assert (cosine == pytest.approx(1, abs=ROUNDING)) == (components == "vision")
+    absent = {"text": ("Vision", "image", ".jpg"), "vision": ("Text", "texts", '"a dog"')}
+    body = card.split("---\n")[2]
+    assert not [word for word in absent[components] if word in body.replace("text_", "")], body
 
 
 def test_the_record_states_what_the_files_are(exported: Path) -> None:

@@ -295,9 +295,21 @@ def test_negatives_subtract_half_of_their_mean_embedding_from_each_query(
     assert {record["query"] for record in printed} == {result.query} == {"a dog - a cat - a beach"}
     shown = [(Path(record["image"]), record["cosine"]) for record in printed]
     assert shown == [(path, round(cosine, 6)) for path, cosine in result.hits]
-    for wrong in ([], [3], " "):
-        with pytest.raises(ValueError):
-            opened.search("a dog", negative=wrong)  # type: ignore[call-overload]
+    assert opened.search("a dog", negative=[]) == opened.search("a dog")
+    unopened = ImageIndex.open(index)
+    for words, wrong, message in (
+        (["--not", " "], " ", r"Negative number 1 has a blank sentence\."),
+        (["--not", "a cat", "--not", ""], ["a cat", ""], r"Negative number 2 has a blank sentence"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            unopened.search("a dog", negative=wrong)
+        assert main(["search", index, *words, "a dog"]) == 2
+        assert re.search(message, capsys.readouterr().err)
+    with pytest.raises(ValueError, match=r"Negative number 1 is .'int'"):
+        unopened.search("a dog", negative=[3])  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="Query number 2 has a blank sentence"):
+        unopened.search(["a dog", ""])
+    assert unopened._encoder is None  # refused before a model is loaded
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "search.png"])

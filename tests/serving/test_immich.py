@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -131,8 +132,10 @@ def test_a_body_that_is_no_form_is_refused_with_what_is_missing(url: str) -> Non
         status, answer, _ = send(f"{url}/predict", b"{}", **{"Content-Type": media_type})
         assert status == 400
         assert "entries: Field required" in answer["error"]["message"]
-    headers = {"Content-Type": "multipart/form-data"}
-    assert send(f"{url}/predict", b"{}", **headers)[0] == 400
+    for boundary in ("", "; boundary=x"):
+        headers = {"Content-Type": f"multipart/form-data{boundary}"}
+        status, answer, _ = send(f"{url}/predict", b"{}", **headers)
+        assert status == 400 and re.search(r"[^.]\.$", answer["error"]["message"]), answer
 
 
 def test_the_limits_of_the_other_routes_hold() -> None:

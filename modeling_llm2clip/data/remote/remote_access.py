@@ -44,7 +44,7 @@ class RetryPolicy:
     The wait doubles after each attempt, up to `longest_wait`.
 
     Attributes:
-        attempts: Total number of attempts.
+        attempts: Total number of attempts; 0 counts as 1.
         first_wait: Seconds before the second attempt.
         longest_wait: Maximum seconds between two attempts.
     """
@@ -89,7 +89,7 @@ def try_request(
                 ) from error
             if is_last:
                 raise LostFileError(
-                    f"{url}: {policy.attempts} attempts failed, the last with {reason}"
+                    f"{url}: {attempt + 1} attempts failed, the last with {reason}"
                 ) from error
             if on_retry is not None:
                 on_retry(url, reason)

@@ -106,8 +106,8 @@ def _take_units(
 ) -> Tensor:
     if isinstance(embeddings, Tensor):
         return F.normalize(embeddings[rows].float(), dim=-1)
-    taken = torch.from_numpy(np.asarray(embeddings[rows], np.float32))
-    return F.normalize(taken.to(device), dim=-1)
+    # A copy, because PyTorch warns about a read-only array.
+    return F.normalize(torch.from_numpy(np.array(embeddings[rows], np.float32)).to(device), dim=-1)
 
 
 def _build_index(

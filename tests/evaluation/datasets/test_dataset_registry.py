@@ -182,6 +182,9 @@ def test_records_are_a_dataset_that_is_named_by_their_hash(tmp_path: Path) -> No
         load_dataset([])
     with pytest.raises(ValueError, match=r"records-[0-9a-f]{8} takes no folder"):
         load_dataset(records, folder, lang="en")
+    for fields in ({"caption_fields": ("captions",)}, {"ignore_fields": ("url",)}):
+        with pytest.raises(ValueError, match=r"no effect on records in memory.*load_records"):
+            load_dataset(records, lang="en", **fields)  # type: ignore[arg-type]
 
 
 def test_records_without_images_are_errors_unless_only_captions_are_wanted(

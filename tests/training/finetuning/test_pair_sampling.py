@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -261,6 +262,12 @@ def test_the_exact_search_equals_the_full_cosine_matrix(monkeypatch, top_k, is_r
     found, report = find_nearest_groups(embeddings, top_k, is_resident=is_resident)
     assert found.tolist() == compare_all(embeddings.astype(np.float32), top_k).tolist()
     assert report == {"method": "exact"}
+    if not is_resident:  # a memory-mapped store is read-only
+        stored = embeddings.astype(np.float32)
+        stored.setflags(write=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert find_nearest_groups(stored, top_k)[0].tolist() == found.tolist()
 
 
 @pytest.mark.parametrize("dim", [16, 129])
