@@ -21,10 +21,10 @@ def describe_run(*packages: str, threads: int | None = None, note: str = "") -> 
 
     Args:
         packages: Distributions whose versions matter, beside Python's own.
-        threads: How many compute; None for all of the machine's.
+        threads: How many compute; None for OMP_NUM_THREADS, or all of the machine's.
         note: Load of the machine, such as "beside other work".
     """
-    count = threads or os.cpu_count() or 1
+    count = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count()
     hardware = f"{describe_processor()}, {platform.machine()}, {count} threads"
     return {
         "commit": read_commit(),
