@@ -142,7 +142,7 @@ def test_a_filter_is_sql_over_the_columns(index: ImageIndex, where: str, count: 
     ("query", "error"),
     [
         ([], "nothing to search for"),
-        (["  "], "is blank"),
+        (["  "], "has a blank sentence"),
         ([3], r"number 1 is \['int'\]"),
         ([[]], "number 1 is empty"),
         ([Path("nowhere.png")], "nowhere.png: no such image"),

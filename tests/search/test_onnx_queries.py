@@ -83,7 +83,7 @@ def test_what_the_graphs_cannot_read_is_refused(
     shutil.copytree(shared_graphs(), graphs)
     search = ["search", str(db), "--model", str(graphs)]
     assert main([*search, " "]) == 2
-    assert "no blank ones" in capsys.readouterr().err
+    assert "has a blank sentence" in capsys.readouterr().err
     assert main([*search, "--image", str(images / "1.png")]) == 2
     assert "takes only sentences, but 1 of the" in capsys.readouterr().err
     shutil.rmtree(graphs / "onnx")
