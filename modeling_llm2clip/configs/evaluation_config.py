@@ -85,8 +85,8 @@ class EvaluationConfig(EncoderConfig):
     ignore_fields: tuple[str, ...] = ()
     """Fields of the records to ignore; any other unknown field is an error. Default: none."""
     caption_fields: tuple[str, ...] | None = None
-    """For your own data, fields of the captions to read, short and long, which every record
-    must have; other captions are ignored. Default: every field of captions."""
+    """For folders of your own data, fields of the captions to read, short and long, which every
+    record must have; other captions are ignored. Default: every field of captions."""
 
     def _list_conflicts(self) -> dict[str, object]:
         return {

@@ -99,11 +99,6 @@ def make_records_spec(records: Sequence[CaptionedImage], *, name: str | None = N
     languages = tuple(dict.fromkeys(record.lang for record in records))
 
     def read(reading: DatasetReading) -> Iterator[PublishedRecord]:
-        if reading.caption_fields or reading.ignore_fields:
-            raise ValueError(
-                "caption_fields and ignore_fields have no effect on records in memory, which are "
-                "already read. Pass them to load_records."
-            )
         for record in records:
             if record.lang == reading.lang:
                 yield _publish(record, long=False)

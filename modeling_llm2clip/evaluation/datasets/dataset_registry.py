@@ -214,8 +214,9 @@ def load_dataset(
             Default: the dataset's own. Repeated names, which ImageNet also has, are listed in
             `protocol["repeated_class_names"]`, and their images count as wrong.
         templates: For classification, prompts with one `{}` each. Default: the dataset's own.
-        ignore_fields: For your own data, fields to ignore, whether known or not.
-        caption_fields: For your own data, fields of the captions to read, as in `load_records`.
+        ignore_fields: For a folder of your own data, fields to ignore, whether known or not.
+        caption_fields: For a folder of your own data, fields of the captions to read, as in
+            `load_records`.
         show_progress: Show a progress bar while images are decoded.
         cache: Pass the same cache for every language to read the folder only once.
 
@@ -233,6 +234,12 @@ def load_dataset(
         >>> dataset = load_dataset("coco", "my-coco")  # doctest: +SKIP
     """
     spec, folder = resolve_dataset(source, folder)
+    # `evaluate` passes specs: its options are for all datasets, which may include folders.
+    if spec is not source and spec.origin == "records" and (caption_fields or ignore_fields):
+        raise ValueError(
+            "caption_fields and ignore_fields have no effect on records in memory, which are "
+            "already read. Pass them to load_records."
+        )
     reading = _open(
         spec,
         folder,

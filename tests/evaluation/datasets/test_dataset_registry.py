@@ -12,9 +12,10 @@ import pytest
 from published_datasets import write_coco_official, write_imagenet, write_own_folder
 
 from modeling_llm2clip.configs.config_fields import DataConfig
-from modeling_llm2clip.configs.evaluation_config import EvaluatedDataset
+from modeling_llm2clip.configs.evaluation_config import EvaluatedDataset, EvaluationConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.validation_errors import DataValidationError
+from modeling_llm2clip.evaluation.datasets.custom_folder import make_records_spec
 from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     find_dataset,
     list_datasets,
@@ -23,6 +24,7 @@ from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     read_data,
 )
 from modeling_llm2clip.evaluation.datasets.dataset_spec import DatasetSpec
+from modeling_llm2clip.evaluation.evaluate import check_eval_data
 
 OWN = {"folder", "folder-long", "image-folder"}
 
@@ -185,6 +187,9 @@ def test_records_are_a_dataset_that_is_named_by_their_hash(tmp_path: Path) -> No
     for fields in ({"caption_fields": ("captions",)}, {"ignore_fields": ("url",)}):
         with pytest.raises(ValueError, match=r"no effect on records in memory.*load_records"):
             load_dataset(records, lang="en", **fields)  # type: ignore[arg-type]
+    # The held-out records of a recipe are evaluated beside folders, which the options are for.
+    data = [make_records_spec(records, name="held-out"), f"own={folder}"]
+    check_eval_data(data, EvaluationConfig(languages=("en",), ignore_fields=("url",)))
 
 
 def test_records_without_images_are_errors_unless_only_captions_are_wanted(
