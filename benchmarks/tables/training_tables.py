@@ -13,6 +13,7 @@ from benchmarks.tables.markdown_tables import (
     percent_with_error,
     show_range,
 )
+from modeling_llm2clip._suggestions import counted
 
 _RECIPE, _SMALL = "README's recipe", ", embedded-small"
 
@@ -63,21 +64,22 @@ def _render_first_run(report: dict[str, Any]) -> str:
         joined, single = (
             of_all[each]["scores"][_RECIPE]["r1"]["by_split"] for each in (name, name + _SMALL)
         )
-        gains = [100 * (score - other) for score, other in zip(joined, single, strict=True)]
+        leads = [score - other for score, other in zip(joined, single, strict=True)]
         rows.append(
             [
                 name,
                 f"{dataset['num_images']:,}",
                 _percent_with_error(scores[_RECIPE]["r1"]),
                 _percent_with_error(scores["closed form alone"]["r1"]),
-                f"{mean(gains):+.1f} ± {find_standard_error(gains):.1f}",
+                percent_with_error(mean(leads), find_standard_error(leads)),
                 percent(dataset["chance_r1"]),
                 f"{dataset['seconds'] / 60:.0f}",
             ]
         )
-        counts.append(f"{dataset['num_test_images']} {name} ({dataset['num_splits']} splits)")
+        num_splits = counted(dataset["num_splits"], "split")
+        counts.append(f"{dataset['num_test_images']} {name} ({num_splits})")
     heads = (
-        "images", "trained on", "the recipe", "closed form only", "points over `embedded-small`",
+        "images", "trained on", "the recipe", "closed form only", "lead over `embedded-small`",
         "chance", "minutes",
     )  # fmt: skip
     return draw_table(heads, rows) + (
