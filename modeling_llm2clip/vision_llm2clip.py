@@ -156,8 +156,9 @@ def find_width(vision_model: nn.Module) -> int | None:
     if timm_model is not None:
         return int(getattr(timm_model, "head_hidden_size", None) or timm_model.num_features)
     config: Any = vision_model.config
-    stages = getattr(config, "hidden_sizes", None) or [None]  # of a convolutional network
-    width: int | None = getattr(config, "hidden_size", None) or stages[-1]  # the last is pooled
+    width = getattr(config, "hidden_size", None)
+    if width is None and getattr(config, "hidden_sizes", None):
+        width = config.hidden_sizes[-1]  # convolutional: one per stage; the last is pooled
     return width
 
 
