@@ -67,7 +67,11 @@ def check_options(tower: PreTrainedModel, options: Mapping[str, Any]) -> Mapping
     if options:
         known = (
             # Joined towers have no tokens in common, so they return no hidden states.
-            {name for name in TransformersKwargs.__annotations__ if not options.get(name)}
+            {
+                name
+                for name in TransformersKwargs.__annotations__
+                if options.get(name) is None or options[name] is False  # a tensor has no truth
+            }
             if hasattr(tower, "towers")
             else {*inspect.signature(tower.forward).parameters, *TransformersKwargs.__annotations__}
         )

@@ -442,6 +442,10 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Set the attention implementation as transformers does, also that of joined towers.
 
+        If one of the joined towers has only eager attention (ConvNeXt, ResNet), transformers
+        refuses dictionaries unless the whole model is set to eager; then load the model with
+        `attn_implementation` instead.
+
         Args:
             *args: Implementation of both towers, or a dictionary with an implementation for
                 `vision_config`, `text_config` or both.

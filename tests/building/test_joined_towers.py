@@ -213,6 +213,8 @@ def test_joined_towers_have_no_details_to_ask_for_but_can_be_asked_for_none() ->
     for name in ("pooling", "output_hidden_state"):  # one is the configuration's, one misspelled
         with pytest.raises(TypeError, match=rf"has no arguments \['{name}'\]. Remove"):
             model.get_image_features(pixels, **{name: False})
+    with pytest.raises(TypeError, match=r"has no arguments \['num_items_in_batch'\]. Remove"):
+        model.get_image_features(pixels, num_items_in_batch=torch.tensor([1, 2]))
 
 
 @pytest.mark.parametrize(
