@@ -51,7 +51,7 @@ from .model_loading import (
     load_partial_model,
     read_file_states,
 )
-from .training_images import TRAINING_IMAGES_FILE, read_training_images
+from .training_images import TRAINING_IMAGES_FILE, read_training_images, write_training_images
 from .weights import LazyTensor, open_model_weights, require_disk_space, write_weights
 
 # transformers' default; the Hub accepts files up to 50 GB.
@@ -213,8 +213,8 @@ def save_heads(
     """Write the whole model that `load_heads` was called on, with the heads as they are now.
 
     The towers are copied from its folder. The new folder is complete: code, processor, licenses,
-    golden embeddings and card. It has no summary of the training images, because the images of your
-    own training loop are unknown.
+    golden embeddings and card. The images of your own training loop are unknown, so the summary of
+    the training images only lists their names.
 
     Args:
         model: Model from `load_heads`.
@@ -255,7 +255,9 @@ def save_heads(
             "without parametrizations."
         )
     written = save_trained_model(source, trained, folder, training_data=training_data)
-    (written / TRAINING_IMAGES_FILE).unlink(missing_ok=True)
+    if (known := read_training_images(written)) is not None:
+        names = (*known.not_summarized, *(training_data or ["unnamed data"]))
+        write_training_images(written, replace(known, not_summarized=names))
     return written
 
 

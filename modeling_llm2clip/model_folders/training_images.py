@@ -71,7 +71,8 @@ def summarize_images(vision_embeds: Tensor, *, name: str, num_images: int) -> Da
 class TrainingImages:
     """Summary of all images that a model was trained on, in the order of training.
 
-    `not_summarized` names datasets without a summary from earlier training of the vision tower.
+    `not_summarized` names datasets without a summary: of an earlier vision tower, or of a training
+    loop of the user's own.
     """
 
     datasets: tuple[DatasetSummary, ...]
@@ -124,7 +125,7 @@ class TrainingImages:
             f"on, {names}: distance {distance:.2f} (familiar images stay below {FAR:.2f}). Expect "
             "poor results. Train the model on captioned images like these (llm2clip extract, then "
             "llm2clip align)."
-            + (f" Not compared: {earlier}, from an earlier vision tower." if earlier else "")
+            + (f" Not compared: {earlier}, which the folder has no summary of." if earlier else "")
         )
 
 

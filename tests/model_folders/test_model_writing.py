@@ -27,8 +27,8 @@ from modeling_llm2clip.model_folders.model_writing import (
     save_trained_model,
 )
 from modeling_llm2clip.model_folders.training_images import (
-    TRAINING_IMAGES_FILE,
     TrainingImages,
+    read_training_images,
     summarize_images,
     write_training_images,
 )
@@ -197,9 +197,11 @@ def test_heads_that_a_loop_of_its_own_trained_are_written_with_the_towers(
     with pytest.raises(ValueError, match=r"without its towers.* with save_heads"):
         model.save_pretrained(tmp_path / "trained")
     folder = save_heads(model.eval(), tmp_path / "trained", training_data=["owner/more"])
-    # The loop's images are unknown, so none may be called unlike them.
-    assert (source / TRAINING_IMAGES_FILE).is_file()
-    assert not (folder / TRAINING_IMAGES_FILE).exists()
+    known, summary = read_training_images(source), read_training_images(folder)
+    assert known is not None and summary is not None
+    assert torch.equal(summary.datasets[0].clusters, known.datasets[0].clusters)
+    assert summary.list_names() == ("owner/more", "owner/images")
+    assert summary.not_summarized == ("owner/more",)  # whose images are unknown
     trained, _ = load_model(folder, device="cpu")
     assert torch.equal(trained.to_text_embeds(captions), model.to_text_embeds(captions))
     assert torch.equal(trained.to_image_embeds(images), model.to_image_embeds(images))
