@@ -283,7 +283,11 @@ class ImageIndex:
         if where is None and num_rows == 0:
             raise IndexUnavailableError(f"{self._database.location}: {_UNINDEXED}")
         excluded = [negative] if isinstance(negative, str | Path | Image.Image) else negative
-        negatives = name_queries(excluded, noun="Negative") if excluded else []
+        negatives = (
+            []
+            if excluded is None or (isinstance(excluded, list | tuple) and not excluded)
+            else name_queries(excluded, noun="Negative")
+        )
         if hasattr(query, "shape"):
             embeds = check_embeddings(query, width=self.about.width)
             named = [NamedQuery(f"embedding {row}", (), None) for row in range(len(embeds))]

@@ -305,6 +305,8 @@ def test_negatives_subtract_half_of_their_mean_embedding_from_each_query(
             unopened.search("a dog", negative=wrong)
         assert main(["search", index, *words, "a dog"]) == 2
         assert re.search(message, capsys.readouterr().err)
+    with pytest.raises(ValueError, match="nothing to search for"):
+        unopened.search("a dog", negative=0)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match=r"Negative number 1 is .'int'"):
         unopened.search("a dog", negative=[3])  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="Query number 2 has a blank sentence"):
