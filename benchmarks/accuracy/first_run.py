@@ -91,11 +91,12 @@ def main() -> int:
         help="default: embedded and embedded-small, which the table compares",
     )  # fmt: skip
     parser.add_argument("--work", type=Path, help="folder to keep stores in; default: none")
+    parser.add_argument("--note", default="", help="what else runs on the machine")
     output = Path(__file__).parents[1] / "results" / "first_run.json"
     parser.add_argument("--output", type=Path, default=output)
     arguments = parser.parse_args()
     record = {
-        **describe_run("torch", "transformers", "modeling_llm2clip"),
+        **describe_run("torch", "transformers", "modeling_llm2clip", note=arguments.note),
         "recipe": read_recipe(),
     }
     measured = read_earlier(arguments.output, record)

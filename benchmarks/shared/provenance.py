@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from modeling_llm2clip._suggestions import counted
+
 _UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -24,8 +26,9 @@ def describe_run(*packages: str, threads: int | None = None, note: str = "") -> 
         threads: How many compute; None for OMP_NUM_THREADS, or all of the machine's.
         note: Load of the machine, such as "beside other work".
     """
-    count = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count()
-    hardware = f"{describe_processor()}, {platform.machine()}, {count} threads"
+    first, _, _ = os.environ.get("OMP_NUM_THREADS", "").partition(",")  # "2,1" nests
+    count = counted(int(threads or first or os.cpu_count() or 1), "thread")
+    hardware = f"{describe_processor()}, {platform.machine()}, {count}"
     return {
         "commit": read_commit(),
         "hardware": f"{hardware}, {note}" if note else hardware,

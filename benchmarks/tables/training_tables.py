@@ -73,7 +73,7 @@ def _render_first_run(report: dict[str, Any]) -> str:
                 _percent_with_error(scores["closed form alone"]["r1"]),
                 percent_with_error(mean(leads), find_standard_error(leads)),
                 percent(dataset["chance_r1"]),
-                f"{dataset['seconds'] / 60:.0f}",
+                "" if dataset["seconds"] is None else f"{dataset['seconds'] / 60:.0f}",
             ]
         )
         num_splits = counted(dataset["num_splits"], "split")
