@@ -13,8 +13,9 @@ differences from the closed form have errors of their own. With --work, models a
 that folder and are taken from there the next time; seconds are then not measured. Datasets that the
 output has of the same commit stay in it. All of it is done with each of the --vision-models in
 place of the recipe's `embedded`, for the same splits; other names stand behind the dataset's. With
---existing, the last command also fine-tunes a model on the same towers that was trained on other
-images. Exits with 1 when the recipe reaches less than 0.9 of the best setting on any dataset.
+--text-precision, all of it is done once more with `embedded` and texts in that precision.
+With --existing, the last command also fine-tunes a model on the same towers that was trained on
+other images. Exits with 1 when the recipe reaches less than 0.9 of the best setting on any dataset.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from torch import Tensor
 
 from benchmarks.shared.provenance import describe_run
 from benchmarks.tables.markdown_tables import find_standard_error
+from modeling_llm2clip.configs.config_fields import Precision
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.record_table import RecordTable
@@ -90,6 +92,7 @@ def main() -> int:
         "--vision-models", nargs="*", default=["embedded", "embedded-small"], metavar="NAME",
         help="default: embedded and embedded-small, which the table compares",
     )  # fmt: skip
+    parser.add_argument("--text-precision", choices=("float32", "bfloat16"), help="default: none")
     parser.add_argument("--work", type=Path, help="folder to keep stores in; default: none")
     parser.add_argument("--note", default="", help="what else runs on the machine")
     output = Path(__file__).parents[1] / "results" / "first_run.json"
@@ -100,12 +103,16 @@ def main() -> int:
         "recipe": read_recipe(),
     }
     measured = read_earlier(arguments.output, record)
-    for text, vision in itertools.product(arguments.data, arguments.vision_models):
+    variants: list[tuple[str, Precision]] = [(each, "auto") for each in arguments.vision_models]
+    if arguments.text_precision is not None:
+        variants.append(("embedded", arguments.text_precision))
+    for text, (vision, precision) in itertools.product(arguments.data, variants):
         name, _, folder = text.partition("=")
         name = name if vision == "embedded" else f"{name}, {vision}"
+        name = name if precision == "auto" else f"{name}, texts in {precision}"
         with tempfile.TemporaryDirectory() as scratch:
             work = Path(scratch) if arguments.work is None else arguments.work.resolve() / name
-            dataset = Dataset(Path(folder).resolve(), work / "whole", vision)
+            dataset = Dataset(Path(folder).resolve(), work / "whole", vision, precision)
             splits = []
             for seed in range(arguments.splits):
                 splits.append(
@@ -143,9 +150,19 @@ def read_earlier(file: Path, record: dict[str, Any]) -> dict[str, Any]:
 class Dataset:
     """A dataset with the model and the stores of all its images."""
 
-    def __init__(self, source: Path, whole: Path, vision: str = "embedded") -> None:
+    def __init__(
+        self,
+        source: Path,
+        whole: Path,
+        vision: str = "embedded",
+        text_precision: Precision = "auto",
+    ) -> None:
         """Run the commands of the recipe that train nothing, unless `whole` has their outputs."""
         self.source, self.whole = source, whole
+        self.configs: dict[Modality, ExtractConfig] = {
+            "text": ExtractConfig(precision=text_precision),
+            "image": ExtractConfig(),
+        }
         self.lines = read_lines(source)
         is_new = not whole.exists()
         if is_new:
@@ -153,7 +170,11 @@ class Dataset:
         started = time.monotonic()
         for command in read_recipe()[:-1]:
             if is_new or " build " not in command:
-                run(command.replace("build embedded ", f"build {vision} "), whole)
+                command = command.replace("build embedded ", f"build {vision} ")
+                if text_precision != "auto":
+                    texts = f"--modality text --precision {text_precision}"
+                    command = command.replace("--modality text", texts)
+                run(command, whole)
         self.seconds = time.monotonic() - started if is_new else None
         self.records = load_records(whole / IMAGES)
 
@@ -293,7 +314,9 @@ def prepare_split(dataset: Dataset, folder: Path, *, seed: int) -> TestImages:
     rows = {modality: number_rows(records, modality) for modality in stores}
     for modality, store in stores.items():
         kept = load_records(folder / IMAGES)
-        write_part(store, rows[modality], kept, folder, modality=modality)
+        write_part(
+            store, rows[modality], kept, folder, dataset.configs[modality], modality=modality
+        )
     test = list({r.group_id: r for r in reversed(records) if r.group_id in held_out}.values())
     return TestImages(
         [record.group_id for record in test],
@@ -318,11 +341,12 @@ def write_part(
     rows: dict[str, int],
     records: Sequence[CaptionedImage],
     folder: Path,
+    config: ExtractConfig,
     *,
     modality: Modality,
 ) -> None:
     """Write the store that `extract` writes of some records, from one of all of them."""
-    table, config, model = RecordTable.from_records(records), ExtractConfig(), folder / MODEL
+    table, model = RecordTable.from_records(records), folder / MODEL
     encoder = load_shard_encoder(model, modality, config, torch.device("cpu"))
     planned = plan_store(model, table, encoder, config, modality)
     output = folder / STORES[modality]

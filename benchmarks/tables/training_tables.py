@@ -15,7 +15,8 @@ from benchmarks.tables.markdown_tables import (
 )
 from modeling_llm2clip._suggestions import counted
 
-_RECIPE, _SMALL = "README's recipe", ", embedded-small"
+_RECIPE, _CLOSED_FORM, _SMALL = "README's recipe", "closed form alone", ", embedded-small"
+_IN_BFLOAT16 = ", texts in bfloat16"
 
 
 def _render_finetuning(report: dict[str, Any]) -> str:
@@ -60,18 +61,13 @@ def _render_first_run(report: dict[str, Any]) -> str:
     of_all = report["datasets"]
     for name in (name for name in of_all if not name.endswith(_SMALL)):
         dataset, scores = of_all[name], of_all[name]["scores"]
-        # Both names see the same splits, so the difference has a smaller error than either score.
-        joined, single = (
-            of_all[each]["scores"][_RECIPE]["r1"]["by_split"] for each in (name, name + _SMALL)
-        )
-        leads = [score - other for score, other in zip(joined, single, strict=True)]
         rows.append(
             [
                 name,
                 f"{dataset['num_images']:,}",
                 _percent_with_error(scores[_RECIPE]["r1"]),
-                _percent_with_error(scores["closed form alone"]["r1"]),
-                percent_with_error(mean(leads), find_standard_error(leads)),
+                _percent_with_error(scores[_CLOSED_FORM]["r1"]),
+                _lead(of_all, name, name + _SMALL, _RECIPE),
                 percent(dataset["chance_r1"]),
                 "" if dataset["seconds"] is None else f"{dataset['seconds'] / 60:.0f}",
             ]
@@ -86,6 +82,29 @@ def _render_first_run(report: dict[str, Any]) -> str:
         f"\nR@1 on test images, the mean of both directions: {', '.join(counts)}. Means over the "
         f"splits with standard errors. {report['hardware']}.\n"
     )
+
+
+def _render_first_run_precision(report: dict[str, Any]) -> str:
+    of_all, rows = report["datasets"], []
+    for rounded in (name for name in of_all if name.endswith(_IN_BFLOAT16)):
+        name = rounded.removesuffix(_IN_BFLOAT16)
+        rows.append([name])
+        for setting in (_RECIPE, _CLOSED_FORM):
+            scores = (of_all[each]["scores"][setting]["r1"]["mean"] for each in (name, rounded))
+            rows[-1] += [*map(percent, scores), _lead(of_all, rounded, name, setting)]
+    heads = (
+        "images", "the recipe: texts in float32", "in bfloat16", "difference",
+        "closed form only: in float32", "in bfloat16", "difference",
+    )  # fmt: skip
+    note = f"R@1 on test images of the same splits, the mean of both directions. {report['hardware']}."
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
+def _lead(of_all: dict[str, Any], name: str, other: str, setting: str) -> str:
+    """Show by how much the first R@1 is higher, with its error; both are of the same splits."""
+    pairs = (of_all[each]["scores"][setting]["r1"]["by_split"] for each in (name, other))
+    leads = [score - baseline for score, baseline in zip(*pairs, strict=True)]
+    return percent_with_error(mean(leads), find_standard_error(leads))
 
 
 def _percent_with_error(score: dict[str, Any]) -> str:
@@ -150,6 +169,7 @@ TRAINING_TABLES: dict[str, Callable[[Any], str]] = {
     "finetune_llm_hard": _render_finetuning,
     "alignment": _render_alignment,
     "first_run": _render_first_run,
+    "first_run_precision": _render_first_run_precision,
     "training_set_size": _render_training_set_size,
     "training_efficiency": _render_training_efficiency,
 }

@@ -5,11 +5,36 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from ..loading_llm2clip import open_safetensors
+
+# Small next to a layer of an LLM, and large next to the header that is parsed at each opening.
+_MOST_MAPPED_BYTES = 2**26
+
+
+class SafetensorsReader:
+    """Reads the tensors of a file one by one, and reopens it now and then to free their pages.
+
+    Args:
+        file: A safetensors file whose header was already read, so it is not damaged.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._mapped_bytes = file, 0
+        self._opened: Any = None
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor, which shares its memory with the file's mapping."""
+        if self._opened is None or self._mapped_bytes > _MOST_MAPPED_BYTES:
+            self._opened, self._mapped_bytes = safe_open(self._file, framework="pt"), 0
+        tensor = self._opened.get_tensor(name)
+        self._mapped_bytes += tensor.nbytes
+        return tensor  # type: ignore[no-any-return]
 
 
 def read_metadata(file: Path) -> dict[str, str]:
@@ -34,7 +59,7 @@ def serialize_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def iterate_tensors(
     files: Iterable[Path], *, prefix: str = "", base: Path | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of safetensors files in order of name, one in memory at a time."""
+    """Yield the tensors of safetensors files in order of name."""
     files_of: dict[str, tuple[Path, str]] = {}
     for file in files:
         folder = Path() if base is None else file.parent.relative_to(base)
@@ -49,7 +74,6 @@ def iterate_tensors(
                 )
             if full_name.startswith(prefix):
                 files_of[full_name] = (file, name)
+    readers = {file: SafetensorsReader(file) for file, _ in files_of.values()}
     for full_name, (file, name) in sorted(files_of.items()):
-        # Reopened for each tensor, to free the memory of the previous one.
-        with open_safetensors(file) as opened:
-            yield full_name, opened.get_tensor(name)
+        yield full_name, readers[file].read(name)

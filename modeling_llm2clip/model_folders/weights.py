@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .._suggestions import counted, list_first
+from ..data.safetensors_files import SafetensorsReader
 from ..loading_llm2clip import list_model_files, list_weight_files, read_weight_shapes
 
 _INDEX = "model.safetensors.index.json"
@@ -190,17 +190,13 @@ def require_disk_space(weights: Mapping[str, LazyTensor], folder: Path) -> None:
 
 
 def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
-    def read(name: str) -> Tensor:
-        # Reopened for each tensor, so the pages of earlier tensors are freed.
-        with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(name)  # type: ignore[no-any-return]
-
     heads = read_weight_shapes([file])
     unknown = sorted({dtype for _, dtype in heads.values()} - set(_DTYPES))
     if unknown:
         raise ValueError(f"{file} has weights with dtypes {unknown}, expected {list(_DTYPES)}.")
+    reader = SafetensorsReader(file)
     return {
-        name: LazyTensor(shape, _DTYPES[dtype], partial(read, name))
+        name: LazyTensor(shape, _DTYPES[dtype], partial(reader.read, name))
         for name, (shape, dtype) in heads.items()
     }
 

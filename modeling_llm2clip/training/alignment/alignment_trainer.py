@@ -158,7 +158,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         self._make_optimizer = optimizer or partial(
             torch.optim.AdamW,
             betas=(0.9, data.config.beta2),
-            fused=runs_ahead(training_arguments.device) or None,
+            fused=True,
         )
         self._kept = kept
         self.length = length

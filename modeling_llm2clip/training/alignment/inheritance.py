@@ -83,7 +83,7 @@ def inherit(
         parts.parameters(),
         lr=config.learning_rate or RATE_FROM_TRAINED,
         weight_decay=config.weight_decay,
-        fused=runs_ahead(device) or None,
+        fused=True,
     )
     finite_steps = FiniteSteps(device, first_step=1)
     skips = finite_steps.attach(optimizer)
