@@ -96,7 +96,7 @@ def _render_first_run_precision(report: dict[str, Any]) -> str:
         "images", "the recipe: texts in float32", "in bfloat16", "difference",
         "closed form only: in float32", "in bfloat16", "difference",
     )  # fmt: skip
-    note = f"R@1 on test images of the same splits, the mean of both directions. {report['hardware']}."
+    note = f"R@1 on the same test images, the mean of both directions. {report['hardware']}."
     return f"{draw_table(heads, rows)}\n{note}\n"
 
 
