@@ -93,8 +93,8 @@ def _render_first_run_precision(report: dict[str, Any]) -> str:
             scores = (of_all[each]["scores"][setting]["r1"]["mean"] for each in (name, rounded))
             rows[-1] += [*map(percent, scores), _lead(of_all, rounded, name, setting)]
     heads = (
-        "images", "the recipe: texts in float32", "in bfloat16", "difference",
-        "closed form only: in float32", "in bfloat16", "difference",
+        "images", "the recipe: texts in `auto`", "in bfloat16", "difference",
+        "closed form only: in `auto`", "in bfloat16", "difference",
     )  # fmt: skip
     note = f"R@1 on the same test images, the mean of both directions. {report['hardware']}."
     return f"{draw_table(heads, rows)}\n{note}\n"
