@@ -2,10 +2,11 @@
 
     python -m benchmarks.speed.start_up
 
-Each command runs on 16 emoji with a name each in three languages, so that nearly all of its time is
-start-up. Three runs give the medians of seconds and CPU seconds. One more run under
-Python's import timer reports what imports take, by package, and one under cProfile what loading and
-checks take; the profiler slows Python down, so its parts are upper bounds.
+Each command runs on 16 emoji with a name each in three languages, so nearly all of its time is
+start-up, except for `align`, which also trains. Three runs give the medians of seconds and CPU
+seconds. One more run under Python's import timer reports what imports take, by package, and one
+under cProfile what loading and checks take; the profiler slows Python down, so its parts are upper
+bounds.
 """
 
 from __future__ import annotations
