@@ -92,7 +92,7 @@ def main() -> int:
         "--vision-models", nargs="*", default=["embedded", "embedded-small"], metavar="NAME",
         help="default: embedded and embedded-small, which the table compares",
     )  # fmt: skip
-    parser.add_argument("--text-precision", choices=("float32", "bfloat16"), help="default: none")
+    parser.add_argument("--text-precision", choices=("bfloat16",), help="default: none")
     parser.add_argument("--work", type=Path, help="folder to keep stores in; default: none")
     parser.add_argument("--note", default="", help="what else runs on the machine")
     output = Path(__file__).parents[1] / "results" / "first_run.json"

@@ -59,7 +59,7 @@ def _render_alignment(report: dict[str, Any]) -> str:
 def _render_first_run(report: dict[str, Any]) -> str:
     rows, counts = [], []
     of_all = report["datasets"]
-    for name in (name for name in of_all if not name.endswith(_SMALL)):
+    for name in (name for name in of_all if not name.endswith((_SMALL, _IN_BFLOAT16))):
         dataset, scores = of_all[name], of_all[name]["scores"]
         rows.append(
             [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,16 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..loading_llm2clip import open_safetensors
+from ..loading_llm2clip import naming_damage, open_safetensors
 
 # Small next to a layer of an LLM, and large next to the header that is parsed at each opening.
 _MOST_MAPPED_BYTES = 2**26
 
 
 class SafetensorsReader:
-    """Reads the tensors of a file one by one, and reopens it now and then to free their pages.
+    """Reads the tensors of a safetensors file one by one, with at most 64 MB and a tensor mapped.
 
-    Args:
-        file: A safetensors file whose header was already read, so it is not damaged.
+    A file that is truncated while it is mapped ends the process with SIGBUS, as any mapped file.
     """
 
     def __init__(self, file: Path) -> None:
@@ -29,9 +29,10 @@ class SafetensorsReader:
         self._opened: Any = None
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor, which shares its memory with the file's mapping."""
+        """Read a tensor. Do not change it in place: another read may return the same memory."""
         if self._opened is None or self._mapped_bytes > _MOST_MAPPED_BYTES:
-            self._opened, self._mapped_bytes = safe_open(self._file, framework="pt"), 0
+            with naming_damage(self._file):
+                self._opened, self._mapped_bytes = safe_open(self._file, framework="pt"), 0
         tensor = self._opened.get_tensor(name)
         self._mapped_bytes += tensor.nbytes
         return tensor  # type: ignore[no-any-return]
@@ -59,7 +60,7 @@ def serialize_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def iterate_tensors(
     files: Iterable[Path], *, prefix: str = "", base: Path | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of safetensors files in order of name."""
+    """Yield the tensors of safetensors files in order of name, with one file mapped at a time."""
     files_of: dict[str, tuple[Path, str]] = {}
     for file in files:
         folder = Path() if base is None else file.parent.relative_to(base)
@@ -74,6 +75,7 @@ def iterate_tensors(
                 )
             if full_name.startswith(prefix):
                 files_of[full_name] = (file, name)
-    readers = {file: SafetensorsReader(file) for file, _ in files_of.values()}
-    for full_name, (file, name) in sorted(files_of.items()):
-        yield full_name, readers[file].read(name)
+    for file, entries in groupby(sorted(files_of.items()), key=lambda entry: entry[1][0]):
+        reader = SafetensorsReader(file)
+        for full_name, (_, name) in entries:
+            yield full_name, reader.read(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_encoders import write_named_embeddings
 
+from modeling_llm2clip.data import safetensors_files
 from modeling_llm2clip.data.named_embeddings import read_named_embeddings, side_file
 from modeling_llm2clip.data.safetensors_files import iterate_tensors, serialize_tensors
 
@@ -64,6 +66,25 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"weights\.safetensors: a safetensors file is tr"):
             list(iterate_tensors([file]))
+
+
+def test_a_file_is_reopened_only_when_enough_of_it_is_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each opening parses the header; a file that stays open keeps what was read in memory."""
+    tensors = {f"layer.{n:02}": torch.full((4,), float(n)) for n in range(20)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    opened: list[Path] = []
+
+    def open_counted(file: Path, framework: str) -> Any:
+        opened.append(file)
+        return safe_open(file, framework=framework)
+
+    monkeypatch.setattr(safetensors_files, "safe_open", open_counted)
+    monkeypatch.setattr(safetensors_files, "_MOST_MAPPED_BYTES", 9 * 16)  # of 10 tensors
+    read = dict(iterate_tensors([tmp_path / "model.safetensors"]))
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    assert len(opened) == 2
 
 
 def test_equal_content_gives_equal_bytes_in_whatever_order_it_comes(tmp_path: Path) -> None:
