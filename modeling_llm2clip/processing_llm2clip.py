@@ -144,6 +144,10 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
         Returns:
             The dictionary, and the keyword arguments that were not used.
+
+        Raises:
+            ValueError: `max_text_length` is missing. There is no default length, because texts
+                could be truncated at a different length than in training.
         """
         location = {name: kwargs[name] for name in _LOCATION_OPTIONS if name in kwargs}
         settings: dict[str, Any]
@@ -152,30 +156,13 @@ class LLM2CLIPProcessor(ProcessorMixin):
             config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **location)
             if "max_text_length" in config:
                 settings["max_text_length"] = config["max_text_length"]
-        return settings, unused
-
-    @classmethod
-    def from_args_and_dict(
-        cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any
-    ) -> LLM2CLIPProcessor:
-        """Build a processor from the content of `processor_config.json`.
-
-        Args:
-            args: Image processor and tokenizer.
-            processor_dict: The file's content.
-            kwargs: Fields to override.
-
-        Raises:
-            ValueError: `max_text_length` is missing. There is no default length, because texts
-                could be truncated at a different length than in training.
-        """
-        if "max_text_length" not in {*processor_dict, *kwargs}:
+        if "max_text_length" not in {*settings, *unused}:
             raise ValueError(
                 f"processor_config.json lacks max_text_length, which has no default; it has "
-                f"{sorted(processor_dict)}. Restore it from the original model folder, or pass "
+                f"{sorted(settings)}. Restore it from the original model folder, or pass "
                 "max_text_length."
             )
-        return super().from_args_and_dict(args, processor_dict, **kwargs)  # type: ignore[no-any-return]
+        return settings, unused
 
     def __call__(
         self,

@@ -208,7 +208,8 @@ def test_an_index_that_names_a_file_of_another_folder_loads_nowhere(
     index = {"metadata": {}, "weight_map": weight_map}
     (copied / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     for load in (AutoModel.from_pretrained, load_model, open_model, fingerprint_model):
-        with pytest.raises(ValueError, match="files in its own folder"):
+        # AutoModel refuses it with a message of its own from transformers 5.25 on.
+        with pytest.raises(ValueError, match=r"in its own folder|outside the model directory"):
             load(copied)
     assert not check_model(copied, device="cpu").healthy
 
