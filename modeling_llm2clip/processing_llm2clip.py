@@ -158,9 +158,9 @@ class LLM2CLIPProcessor(ProcessorMixin):
                 settings["max_text_length"] = config["max_text_length"]
         if "max_text_length" not in {*settings, *unused}:
             raise ValueError(
-                f"processor_config.json lacks max_text_length, which has no default; it has "
-                f"{sorted(settings)}. Restore it from the original model folder, or pass "
-                "max_text_length."
+                f"{pretrained_model_name_or_path}: processor_config.json lacks max_text_length, "
+                f"which has no default; it has {sorted(settings)}. Restore it from the original "
+                "model folder, or pass max_text_length."
             )
         return settings, unused
 

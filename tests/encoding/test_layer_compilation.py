@@ -206,14 +206,11 @@ def test_kernels_of_a_training_step_have_the_gradients_of_plain_layers() -> None
     require_plain_gradients("llama", "inductor", {"recomputes": True})
 
 
-def test_towers_of_one_library_do_not_use_up_the_graphs_that_torch_allows(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@dynamo_config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True)
+def test_towers_of_one_library_do_not_use_up_the_graphs_that_torch_allows() -> None:
     """Else a layer would silently run plain: transformers' layers share one forward method."""
     model, _ = tiny_model()
     pixels = torch.rand(2, 3, 32, 32)
-    monkeypatch.setattr(dynamo_config, "recompile_limit", 2)
-    monkeypatch.setattr(dynamo_config, "fail_on_recompile_limit_hit", True)
     compile_layers(model, backend="eager")
     for trains in (False, True):
         for in_bfloat16 in (False, True):
