@@ -239,7 +239,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             args: Positional arguments of transformers, starting with the folder or repository.
             kwargs: Keyword arguments of transformers. A bitsandbytes `quantization_config` applies
                 only to the LLM; `ignore_mismatched_sizes=True` accepts weights whose shapes differ
-                from the model's.
+                from the model's; `use_kernels=True` runs layers with kernels from the Hub, which is
+                otherwise off.
 
         Returns:
             The model, in evaluation mode; with `output_loading_info=True` a tuple of the model and
@@ -265,13 +266,20 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         allow_misshapen = kwargs.pop("ignore_mismatched_sizes", False)
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        # From transformers 5.25 on, the default on a GPU is to download kernels. Embeddings would
+        # depend on whether the Hub was reachable.
+        use_kernels: bool = kwargs.pop("use_kernels", None) or False
         with (
             naming_damage(source),
             naming_fields(source, sorted(kwargs)),
             bounded_by_weights(lambda: list_loaded_files(source, kwargs)),
         ):
             loaded: Any = super().from_pretrained(
-                *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                *args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                use_kernels=use_kernels,
+                **kwargs,
             )
         model, info = loaded
         model._start = sample_heads(model.named_parameters())

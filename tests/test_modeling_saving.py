@@ -225,6 +225,12 @@ def test_a_causal_model_stays_causal_after_saving_and_loading(tmp_path: Path) ->
     assert first_position_moves_by(loaded, batch, row=0) == 0
 
 
+@pytest.mark.parametrize("auto_class", [LLM2CLIPModel, AutoModel])
+def test_no_kernels_are_downloaded_by_default(auto_class: Any, folder: Path) -> None:
+    """Embeddings must not depend on whether the Hub was reachable."""
+    assert not auto_class.from_pretrained(folder).use_kernels
+
+
 @pytest.mark.parametrize("load", [LLM2CLIPModel, AutoModel], ids=["own", "auto"])
 def test_each_tower_can_have_its_own_attention_implementation(
     load: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
