@@ -180,10 +180,12 @@ def export_vision_tower(folder: Path, output: str | Path, *, license: str | None
     """
     require_new_folder(Path(output))  # before the weights are read
     config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).vision_config
-    if hasattr(config, "towers") or find_tower_class(config) is not AutoModel:
+    is_joined = hasattr(config, "towers")
+    if is_joined or find_tower_class(config) is not AutoModel:
+        kind = "joined towers (A+B)" if is_joined else f"{config.model_type!r} tower"
         raise ValueError(
-            f"components=vision-tower: transformers' AutoModel has no {config.model_type!r} tower, "
-            "so the exported folder would not load. Export the full model."
+            f"components=vision-tower: transformers' AutoModel has no {kind}, so the exported "
+            "folder would not load. Export the full model."
         )
     model = LLM2CLIPVisionModel.from_pretrained(folder)
     image_processor = forget_code(load_without_code(AutoImageProcessor, folder))
