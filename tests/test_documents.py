@@ -169,8 +169,13 @@ def test_the_readmes_training_commands_run_one_after_the_other(
     assert [shlex.split(command)[1] for command in recipe] == ["extract", "extract", "align"]
     guide = read(ROOT / "docs" / "train.md").splitlines()
     others = [
-        next(line for line in guide if line.startswith(beginning))
-        for beginning in ("llm2clip align llm2clip-demo/model ", "llm2clip finetune-llm ")
+        next(line for line in guide if line.startswith(f"llm2clip {beginning} "))
+        for beginning in (
+            "extract llm2clip-demo/model my-images demo-captions",
+            "extract llm2clip-demo/model my-images demo-images",
+            "align llm2clip-demo/model",
+            "finetune-llm",
+        )
     ]
     for command in [*recipe, *others]:
         assert main(shlex.split(command)[1:]) == 0, command

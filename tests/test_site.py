@@ -340,7 +340,8 @@ def make_what_readers_have(folder: Path) -> None:
     tiny_images()[0].save(folder / "llm2clip-demo" / "search.png")
     save_tiny_vision(folder / "openai" / "clip-vit-large-patch14-336")
     save_tiny_llm(folder / "meta-llama" / "Llama-3.2-1B-Instruct")
-    save_captioned_squares(folder / "my-images", count=120)  # a batch of 64 needs as many groups
+    for name in ("my-images", "other-images"):
+        save_captioned_squares(folder / name, count=120)  # a batch of 64 needs as many groups
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,7 @@ _DROP = """
 
 
 # Of a list of hits: how far it is from filling its place, and the captions that overlap an image.
+_DRAWN_TWICE = "new Promise((r) => requestAnimationFrame(() => requestAnimationFrame(r)))"
 _MEASURE_HITS = """
 (list) => {
     const box = (element) => element.getBoundingClientRect();
@@ -105,7 +106,9 @@ class Visit:
             self.outside.append(request.url)
 
     def fill(self, name: str, text: str) -> None:
+        """Type a text; Gradio takes it over while it draws, after the event."""
         self.page.locator(f"#{name} textarea, #{name} input").first.fill(text)
+        self.page.evaluate(_DRAWN_TWICE)
 
     def drop(self, name: str, file: Path, media_type: str = "image/png") -> None:
         """Drop a file onto the image of this id."""

@@ -172,6 +172,7 @@ def test_a_dropped_image_gets_labels(width: str, browser: Any, url: str, folder:
         visit.page.locator("#scores").get_by_text("%").first.wait_for()
         shown = visit.page.locator("#scores").inner_text().split()[1:]  # without its heading
         assert not visit.overflows()
+    assert {f"{share:.0%}" for share in wanted.values()} <= {*shown}, wanted
     found = {name: shown[shown.index(f"{share:.0%}") - 1] for name, share in wanted.items()}
     assert found == dict.fromkeys(names) | {name: name for name in names}
     assert shown[0] == max(wanted, key=lambda name: wanted[name])
