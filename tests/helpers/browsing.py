@@ -36,8 +36,8 @@ _DROP = """
 """
 
 
-# Of a list of hits: how far it is from filling its place, and the captions that overlap an image.
 _DRAWN_TWICE = "new Promise((r) => requestAnimationFrame(() => requestAnimationFrame(r)))"
+# Of a list of hits: how far it is from filling its place, and the captions that overlap an image.
 _MEASURE_HITS = """
 (list) => {
     const box = (element) => element.getBoundingClientRect();
