@@ -106,9 +106,14 @@ class Visit:
             self.outside.append(request.url)
 
     def fill(self, name: str, text: str) -> None:
-        """Type a text; Gradio takes it over while it draws, after the event."""
-        self.page.locator(f"#{name} textarea, #{name} input").first.fill(text)
-        self.page.evaluate(_DRAWN_TWICE)
+        """Type a text, again if Gradio, still mounting the box, puts its first value back."""
+        box = self.page.locator(f"#{name} textarea, #{name} input").first
+        for _ in range(20):
+            box.fill(text)
+            self.page.evaluate(_DRAWN_TWICE)
+            if box.input_value() == text:
+                return
+        raise AssertionError(f"#{name} keeps {box.input_value()!r} instead of {text!r}")
 
     def drop(self, name: str, file: Path, media_type: str = "image/png") -> None:
         """Drop a file onto the image of this id."""

@@ -166,11 +166,14 @@ def test_a_dropped_image_gets_labels(width: str, browser: Any, url: str, folder:
     wanted = dict(zip(names, logits.softmax(-1)[0].tolist(), strict=True))
     with Visit(browser, url, width=width) as visit:
         visit.page.get_by_role("tab", name="Classify").click()
+        scores = visit.page.locator("#scores")
+        visit.drop("image", file)
+        scores.get_by_text("plant").first.wait_for()  # one of the labels that the page begins with
         visit.fill("labels", "cat, dog\nowl")
         visit.fill("template", "a drawing of a {}")
-        visit.drop("image", file)
-        visit.page.locator("#scores").get_by_text("%").first.wait_for()
-        shown = visit.page.locator("#scores").inner_text().split()[1:]  # without its heading
+        visit.press("classify-button")
+        scores.get_by_text("owl").first.wait_for()
+        shown = scores.inner_text().split()[1:]  # without its heading
         assert not visit.overflows()
     assert {f"{share:.0%}" for share in wanted.values()} <= {*shown}, wanted
     found = {name: shown[shown.index(f"{share:.0%}") - 1] for name, share in wanted.items()}
