@@ -2,12 +2,12 @@
 
     python -m benchmarks.speed.command_pairs --before ../another-checkout [--data my-images]
 
-Both run on the embedded towers and the same captioned images, in turns, every time in a process of
-its own and in an empty folder. Each checkout prepares the model, stores and index that its tasks
-read. The images are 300 emoji with captions in three languages, or those of `--data`. Reported are
-the medians of seconds, CPU seconds and peak memory, and the median ratio of the CPU seconds of a
-round, which other work on the machine changes least. "README's recipe" is the sum of its four
-commands.
+Both run on the small embedded towers, whose vision tower `--vision` names as each checkout does,
+and on the same captioned images, in turns, every time in a process of its own and in an empty
+folder. Each checkout prepares the model, stores and index that its tasks read. The images are 300
+emoji with captions in three languages, or those of `--data`. Reported are the medians of seconds,
+CPU seconds and peak memory, and the median ratio of the CPU seconds of a round, which other work on
+the machine changes least. "README's recipe" is the sum of its four commands.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ for of_batch in rows: store.read(of_batch)
 """
 RECIPE = ("build", "extract captions", "extract images", "align")
 TASKS: dict[str, list[str]] = {
-    "build": ["build", "embedded", "embedded", "out"],
+    "build": ["build", "{vision}", "embedded", "out"],
     "record table of 100,000 texts": ["-c", LOAD_TABLE],
     "64,000 random reads of a store": ["-c", READ_STORE],
     "extract captions": ["extract", "{model}", "{data}", "out", "--modality", "text"],
@@ -65,6 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--before", type=Path, required=True, help="another checkout")
     parser.add_argument("--data", type=Path, help="captioned images; default: 300 emoji")
+    parser.add_argument(
+        "--vision", nargs=2, default=["embedded-small"] * 2, metavar=("BEFORE", "AFTER")
+    )
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS, metavar="TASK")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--note", default="", help="what else runs on the machine")
@@ -76,8 +79,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         checkouts = {"before": arguments.before.resolve(), "after": ROOT}
         places = {
-            name: prepare(Path(scratch) / name, root, arguments.data)
-            for name, root in checkouts.items()
+            name: prepare(Path(scratch) / name, root, arguments.data, vision)
+            for (name, root), vision in zip(checkouts.items(), arguments.vision, strict=True)
         }
         counts = count_data(Path(places["after"]["data"]))
         runs = {
@@ -99,18 +102,20 @@ def main() -> None:
     )
 
 
-def prepare(folder: Path, checkout: Path, data: Path | None) -> dict[str, str]:
+def prepare(
+    folder: Path, checkout: Path, data: Path | None, vision: str = "embedded-small"
+) -> dict[str, str]:
     """Write the texts and images, and by the checkout the folders that the tasks read."""
     names = ("data", "texts.jsonl", "model", "captions", "images", "aligned", "index")
-    places = {name.partition(".")[0]: str(folder / name) for name in names}
+    places = {name.partition(".")[0]: str(folder / name) for name in names} | {"vision": vision}
     folder.mkdir()
     write_texts(Path(places["texts"]))
     if data is None:
         write_images(Path(places["data"]))
     else:
         places["data"] = str(data.resolve())
-    run(checkout, ["build", "embedded", "embedded", places["model"]], folder)
     for task, output in (
+        ("build", "model"),
         ("extract captions", "captions"),
         ("extract images", "images"),
         ("align", "aligned"),

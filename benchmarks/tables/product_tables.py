@@ -381,8 +381,9 @@ def _render_command_pairs(report: dict[str, Any]) -> str:
         for name, task in report["tasks"].items()
     ]
     note = (
-        f"Commits {report['before']} and {report['commit']}; medians of {report['rounds']} rounds, "
-        f"in turns. {report['hardware']}."
+        f"{report['images']:,} images, {report['captions']:,} captions. Commits {report['before']} "
+        f"and {report['commit']}; medians of {report['rounds']} rounds, in turns. "
+        f"{report['hardware']}."
     )
     return f"{draw_table(heads, rows)}\n{note}\n"
 

@@ -144,9 +144,10 @@ class TrainingConfig(CompileConfig):
     bytes as an uninterrupted one even if it trains a tower or a LoRA. Operations without such a
     kernel raise an error. On a GPU, the environment must set CUBLAS_WORKSPACE_CONFIG=:4096:8."""
     precision: Precision = "auto"
-    """Dtype to compute in. auto uses bfloat16 on GPUs that support it, otherwise each weight's
-    stored dtype. float32 also casts towers that are stored in half precision. Trained weights
-    always stay float32. The launcher's mixed-precision setting is ignored."""
+    """Dtype to compute in. auto uses bfloat16 on GPUs and CPUs that multiply it in hardware,
+    otherwise each weight's stored dtype. float32 also casts towers that are stored in half
+    precision. Trained weights always stay float32. The launcher's mixed-precision setting is
+    ignored."""
     save_steps: Annotated[int, Interval(ge=1)] | None = None
     """Steps between checkpoints; the last step is always saved. Default: depends on the stage."""
     logging_steps: Annotated[int, Interval(ge=1)] | None = None

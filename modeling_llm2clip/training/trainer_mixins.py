@@ -32,7 +32,7 @@ from .._suggestions import MAX_LISTED, counted, list_first
 from ..attention_llm2clip import find_varlen_kernel
 from ..configs.config_fields import TrainingConfig
 from ..data.sources.json_files import read_json
-from ..encoding.devices import require_compiler
+from ..encoding.devices import multiplies_bfloat16, require_compiler
 from ..scheduling.graceful_stop import StopRequest
 from ..vision_llm2clip import list_towers
 from .finite_steps import FiniteSteps, spread_nonfinite
@@ -144,7 +144,7 @@ def training_arguments_on(
     **options: Any,
 ) -> Arguments:
     """Make a Trainer's arguments for the given device; by default, a Trainer uses the first GPU."""
-    in_bfloat16 = computes_in_bfloat16(config.precision, on_gpu=device.type == "cuda")
+    in_bfloat16 = computes_in_bfloat16(config.precision, device)
     # A launcher sets this variable, and accelerate obeys it unless the Trainer decides.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if in_bfloat16 else "no"
     arguments = arguments_class(
@@ -481,23 +481,20 @@ def _cast_outside_autocast(layer: Any, inputs: tuple[Tensor, ...]) -> None:
     layer.cast_input_dtype_enabled = not torch.is_autocast_enabled(inputs[0].device.type)
 
 
-def computes_in_bfloat16(precision: str, *, on_gpu: bool) -> bool:
-    """Return True if a run computes in bfloat16; weights stay float32.
+def computes_in_bfloat16(precision: str, device: torch.device) -> bool:
+    """Return True if a run computes in bfloat16; trained weights stay float32.
 
-    `auto` uses bfloat16 on GPUs that support it, but never on CPUs: on CPUs without bfloat16
-    instructions, bfloat16 is several times slower; on other CPUs, it is no faster; and its
-    gradients are always noisier. Frozen weights stored in half precision still compute in half
-    precision, unless `precision` is float32.
+    `auto` uses bfloat16 where the device multiplies it in hardware: elsewhere, it is several times
+    slower than float32. Frozen weights stored in half precision still compute in half precision,
+    unless `precision` is float32.
     """
-    if precision != "auto":
-        return precision == "bfloat16"
-    return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    return multiplies_bfloat16(device) if precision == "auto" else precision == "bfloat16"
 
 
 def warn_of_padding(device: torch.device, precision: str) -> None:
     """Warn if a GPU trains on padded texts, which takes much longer if their lengths vary."""
     if device.type != "cuda" or (
-        find_varlen_kernel(device) is not None and computes_in_bfloat16(precision, on_gpu=True)
+        find_varlen_kernel(device) is not None and computes_in_bfloat16(precision, device)
     ):
         return
     warnings.warn(

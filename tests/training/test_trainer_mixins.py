@@ -50,23 +50,19 @@ from modeling_llm2clip.training.trainer_mixins import (
 
 
 @pytest.mark.parametrize(
-    ("precision", "on_gpu", "has_instructions", "in_bfloat16"),
+    ("precision", "has_instructions", "in_bfloat16"),
     [
-        ("bfloat16", False, False, True),
-        ("float32", True, True, False),
-        ("auto", False, True, False),
-        ("auto", True, False, False),  # a GPU that only emulates it
-        ("auto", True, True, True),
+        ("bfloat16", False, True),
+        ("float32", True, False),
+        ("auto", False, False),
+        ("auto", True, True),
     ],
 )
-def test_a_run_computes_in_bfloat16_on_request_or_on_a_gpu_that_supports_it(
-    monkeypatch: Any, precision: str, on_gpu: bool, has_instructions: bool, in_bfloat16: bool
+def test_a_run_computes_in_bfloat16_on_request_or_on_a_device_that_multiplies_it(
+    monkeypatch: Any, precision: str, has_instructions: bool, in_bfloat16: bool
 ) -> None:
-    def is_supported(including_emulation: bool = True) -> bool:
-        return including_emulation or has_instructions
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
-    assert computes_in_bfloat16(precision, on_gpu=on_gpu) is in_bfloat16
+    monkeypatch.setattr(trainer_mixins, "multiplies_bfloat16", lambda _: has_instructions)
+    assert computes_in_bfloat16(precision, torch.device("cpu")) is in_bfloat16
 
 
 @pytest.mark.parametrize("kind", [TrainingArguments, SentenceTransformerTrainingArguments])

@@ -242,7 +242,7 @@ def make_training_arguments(
         lr_scheduler_type="cosine",
         weight_decay=0.0,
         max_grad_norm=config.max_grad_norm,
-        bf16=computes_in_bfloat16(config.precision, on_gpu=device.type == "cuda"),
+        bf16=computes_in_bfloat16(config.precision, device),
         use_cpu=device.type == "cpu",
         dataloader_drop_last=True,
         dataloader_num_workers=config.num_workers,

@@ -269,7 +269,7 @@ def run_alignment(
             "caption_store": _identify_store(plan.captions),
             "image_store": _identify_store(plan.images),
             "inherit_from": _identify_store(plan.teacher),
-            **_identify(fit, on_gpu=device.type == "cuda"),
+            **_identify(fit, device),
         }
         require_same_run(output, config, inputs, resume=plan.resume)
         if PartialState().is_main_process:  # fails before hours of training, not after
@@ -554,7 +554,7 @@ def _measure_rounding(fit: AlignmentFit, trained: Mapping[str, Tensor]) -> dict[
     return shares
 
 
-def _identify(fit: AlignmentFit, *, on_gpu: bool) -> dict[str, Any]:
+def _identify(fit: AlignmentFit, device: torch.device) -> dict[str, Any]:
     """Describe what a run's results depend on: data, loss, processes and precision."""
     return {
         **fit.data.identify(),
@@ -571,9 +571,9 @@ def _identify(fit: AlignmentFit, *, on_gpu: bool) -> dict[str, Any]:
         },
         "num_processes": PartialState().num_processes,
         "is_sharded": is_sharded(),
-        "in_bfloat16": computes_in_bfloat16(fit.config.precision, on_gpu=on_gpu),
-        **({"frozen_towers": "bfloat16"} if on_gpu and fit.rounds_towers("cuda") else {}),
-        **({"float32_products": "ieee"} if on_gpu else {}),
+        "in_bfloat16": computes_in_bfloat16(fit.config.precision, device),
+        **({"frozen_towers": "bfloat16"} if fit.rounds_towers(device) else {}),
+        **({"float32_products": "ieee"} if device.type == "cuda" else {}),
     }
 
 

@@ -90,9 +90,7 @@ class AlignmentFit:
         """
         set_seed(self.config.seed)
         load_device = torch.device("cpu") if is_sharded() else device
-        model = self.load_parts(
-            self.source, load_device, rounds_towers=self.rounds_towers(device.type)
-        )
+        model = self.load_parts(self.source, load_device, rounds_towers=self.rounds_towers(device))
         if self.config.precision == "float32":
             model.float()  # type: ignore[no-untyped-call]  # towers in half precision would be computed in it
         return model, choose_trained_parts(model, self.config)
@@ -118,15 +116,14 @@ class AlignmentFit:
             model.teacher_model = load_on_device(LLM2CLIPVisionModel, self.source, device)
         return model
 
-    def rounds_towers(self, kind: str) -> bool:
-        """Return True if float32 towers are loaded in bfloat16 on this type of device.
+    def rounds_towers(self, device: torch.device) -> bool:
+        """Return True if float32 towers are loaded in bfloat16 on this device.
 
         Loading in bfloat16 saves autocast from casting frozen weights at every use. If either tower
         is trained, both stay in float32.
         """
         return (
-            kind == "cuda"
-            and computes_in_bfloat16(self.config.precision, on_gpu=True)
+            computes_in_bfloat16(self.config.precision, device)
             and (self.config.vision_training, self.config.text_training == "lora")
             == ("frozen", False)
             and not is_sharded()

@@ -167,7 +167,7 @@ def finetune_llm(
         with _open_scratch(output) as scratch:
             records = RecordTable.from_records(data)
             prepared, decided = _prepare(records, config, scratch)
-            base_dtype = choose_base_dtype(config.precision, device.type)
+            base_dtype = choose_base_dtype(config.precision, device)
             inputs = {**_identify(model_source, records, config), **decided}
             if base_dtype is not None:
                 inputs["base_dtype"] = str(base_dtype).removeprefix("torch.")
@@ -211,14 +211,13 @@ def _require_tunable(source: StageSource, config: FinetuneConfig) -> None:
         )
 
 
-def choose_base_dtype(precision: str, device_type: str) -> torch.dtype | None:
+def choose_base_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """Choose the dtype of the frozen weights; None keeps the stored dtype.
 
-    A GPU that computes in bfloat16 only needs bfloat16 weights, which take half the memory of
-    float32 weights.
+    A run in bfloat16 only needs bfloat16 weights, which take half the memory of float32 weights and
+    are not cast at every step.
     """
-    on_gpu = device_type == "cuda"
-    return torch.bfloat16 if on_gpu and computes_in_bfloat16(precision, on_gpu=True) else None
+    return torch.bfloat16 if computes_in_bfloat16(precision, device) else None
 
 
 def check_finetuning(records: Sequence[CaptionedImage], config: FinetuneConfig) -> int:
@@ -321,9 +320,7 @@ def _identify(source: StageSource, records: RecordTable, config: FinetuneConfig)
         "data": hash_records(records),
         "text_pair_files": [hash_file(Path(file)) for file, _ in config.text_pairs],
         "num_processes": PartialState().num_processes,
-        "in_bfloat16": computes_in_bfloat16(
-            config.precision, on_gpu=choose_device(config.device).type == "cuda"
-        ),
+        "in_bfloat16": computes_in_bfloat16(config.precision, choose_device(config.device)),
     }
 
 

@@ -122,21 +122,22 @@ def test_frozen_towers_in_bfloat16_move_no_head(save_parts: Callable[[str], Path
     ("options", "kind", "is_rounded"),
     [
         ({"text_training": "frozen-online"}, "cuda", True),
-        ({"text_training": "frozen-online"}, "cpu", False),
+        ({"text_training": "frozen-online"}, "cpu", True),
         ({"text_training": "frozen-online", "precision": "float32"}, "cuda", False),
         ({"text_training": "lora"}, "cuda", False),
         ({"vision_training": "full"}, "cuda", False),
     ],
 )
-def test_only_a_gpu_rounds_towers_and_no_trained_one(
+def test_a_run_in_bfloat16_rounds_towers_but_no_trained_one(
     options: dict[str, Any], kind: str, is_rounded: bool, save_parts: Callable[[str], Path]
 ) -> None:
     config = AlignConfig(**{"precision": "bfloat16", **options})
     dataset = SimpleNamespace(image_transform=None)
     data: Any = SimpleNamespace(identify=dict, dataset=dataset)
     fit = AlignmentFit(save_parts("clip"), data, Path(), config, ContrastiveLoss(), resume=False)
-    assert fit.rounds_towers(kind) == is_rounded
-    recorded = _identify(fit, on_gpu=kind == "cuda")
+    device = torch.device(kind)
+    assert fit.rounds_towers(device) == is_rounded
+    recorded = _identify(fit, device)
     assert recorded.get("frozen_towers") == ("bfloat16" if is_rounded else None)
     assert recorded.get("float32_products") == ("ieee" if kind == "cuda" else None)
 

@@ -21,7 +21,7 @@ from tuning import RECORDS, SHORT
 
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.training.finetuning import finetune_llm as stage
-from modeling_llm2clip.training.finetuning.finetune_llm import choose_base_dtype, finetune_llm
+from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 from modeling_llm2clip.training.finetuning.finetune_trainer import CaptionEncoder, FinetuneTrainer
 
 
@@ -104,12 +104,6 @@ def test_ids_stay_on_the_cpu_next_to_a_marker_of_the_device() -> None:
     assert {value.device.type for value in cut.values()} == {"cpu", "meta"}
 
 
-def test_a_frozen_base_in_bfloat16_is_for_gpus_that_compute_in_it() -> None:
-    assert choose_base_dtype("bfloat16", "cuda") == torch.bfloat16
-    assert choose_base_dtype("float32", "cuda") is None
-    assert choose_base_dtype("bfloat16", "cpu") is None
-
-
 @pytest.mark.slow
 def test_a_lora_trained_on_a_bfloat16_base_is_merged_into_the_folders_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -124,7 +118,6 @@ def test_a_lora_trained_on_a_bfloat16_base_is_merged_into_the_folders_weights(
 
     make_encoder = stage._make_encoder
     monkeypatch.setattr(stage, "_make_encoder", make)
-    monkeypatch.setattr(stage, "choose_base_dtype", lambda *_: torch.bfloat16)
     source = save_model(*tiny_model(), tmp_path / "base")
     config = replace(SHORT, max_steps=2, precision="bfloat16", merge=True)
     folder = finetune_llm(source, RECORDS, tmp_path / "run", config)
